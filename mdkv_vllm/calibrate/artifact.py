@@ -1,0 +1,129 @@
+"""The calibrated basis as a file: safetensors with metadata that names its model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mdkv_vllm.core.basis import Basis
+
+FORMAT_VERSION = "1"
+_SAMPLE_BYTES = 1 << 16
+
+
+class ArtifactError(ValueError):
+    """A basis file that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """Where a basis comes from.
+
+    Attributes:
+        model: name or folder as given to ``mdkv calibrate``.
+        model_identity: from :func:`model_identity`.
+        method: how the basis was computed.
+        text_digest: SHA-256 of the calibration text.
+        tokens: tokens it was computed from.
+    """
+
+    model: str
+    model_identity: str
+    method: str
+    text_digest: str
+    tokens: int
+
+
+def model_identity(model: str) -> str:
+    """A short name for exactly this model, cheap to compute.
+
+    For a folder: SHA-256 of its ``config.json`` and of the size and two samples of every
+    safetensors file, so that a copy elsewhere is the same model and a fine-tune is not. For
+    a name on a model hub: the name.
+
+    Args:
+        model: folder or name.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"name:{model}"
+    digest = hashlib.sha256()
+    config = folder / "config.json"
+    if config.is_file():
+        digest.update(config.read_bytes())
+    for weights in sorted(folder.glob("model*.safetensors")):
+        size = weights.stat().st_size
+        digest.update(f"{weights.name}:{size}".encode())
+        with weights.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(size // 2)
+            digest.update(file.read(_SAMPLE_BYTES))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def save_basis(path: Path, basis: Basis, info: ArtifactInfo) -> None:
+    """Write a basis and its origin; the file appears only when it is whole."""
+    metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
+    temporary = path.with_suffix(".tmp")
+    save_file({"keys": basis.keys.contiguous(), "values": basis.values.contiguous()}, temporary, metadata)
+    temporary.replace(path)
+
+
+def load_basis(path: Path, model: str, sizes: tuple[int, int, int]) -> Basis:
+    """Read a basis and check that it fits.
+
+    Args:
+        path: the file.
+        model: the model being served, folder or name.
+        sizes: its attention layers, KV heads and head size.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, of another version, of another model, or
+            of other sizes.
+    """
+    info, basis = read_basis(path)
+    identity = model_identity(model)
+    if info.model_identity != identity:
+        raise ArtifactError(
+            f"{path} was calibrated for {info.model} ({info.model_identity[:19]}), not for "
+            f"{model} ({identity[:19]}); run 'mdkv calibrate {model}'"
+        )
+    expected = (*sizes, sizes[2])
+    for name, tensor in (("keys", basis.keys), ("values", basis.values)):
+        if tensor.shape[:3] != expected[:3] or tensor.shape[3] > sizes[2]:
+            raise ArtifactError(
+                f"{path}: {name} has shape {list(tensor.shape)}; {model} needs {list(expected)}"
+            )
+    return basis
+
+
+def read_basis(path: Path) -> tuple[ArtifactInfo, Basis]:
+    """Read a basis file without checking whose it is.
+
+    Raises:
+        ArtifactError: the file is missing, damaged or of another version.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT_VERSION:
+                raise ArtifactError(
+                    f"{path} has format {metadata.get('format')!r}; this version reads "
+                    f"{FORMAT_VERSION!r}"
+                )
+            info = ArtifactInfo(**json.loads(metadata["info"]))
+            basis = Basis(file.get_tensor("keys").float(), file.get_tensor("values").float())
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} does not exist") from error
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
+        raise ArtifactError(f"{path} is not a basis file or is damaged: {error}") from error
+    for name, tensor in (("keys", basis.keys), ("values", basis.values)):
+        if tensor.dim() != 4 or not torch.isfinite(tensor).all():
+            raise ArtifactError(f"{path}: {name} is not a finite 4-dimensional tensor")
+    return info, basis

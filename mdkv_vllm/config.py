@@ -1,0 +1,221 @@
+"""Every setting, validated once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
+from mdkv_vllm.core.loss import LOSSES
+
+BASIS_FILE = "mixeddim_basis.safetensors"
+"""Name under which a calibrated basis is looked for in the model folder."""
+PROMPT_BASIS = "prompt"
+"""Value of ``basis`` that computes a basis from each prompt."""
+PRESETS = ("default", "paper")
+KEEP_ALL_BUDGET = 0.27
+"""Budget from which the ``default`` preset forgets no token: int4 with its scales takes 25 to
+27 % of a 16-bit cache (design section 4's simulation)."""
+REQUEST_BUDGET = "mixeddim_budget"
+REQUEST_BUDGET_TOKENS = "mixeddim_budget_tokens"
+REQUEST_FIELDS = (REQUEST_BUDGET, REQUEST_BUDGET_TOKENS)
+"""Fields of ``vllm_xargs``."""
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown or out of range; the message names it and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of a prompt to keep; exactly one of the two is set.
+
+    Attributes:
+        share: share of the prompt's KV bytes, in (0, 1]; 1 keeps all.
+        tokens: full-dimension token equivalents per KV head.
+    """
+
+    share: float | None = None
+    tokens: int | None = None
+
+    def share_of(self, prompt_tokens: int) -> float:
+        """The budget as a share of a prompt's bytes, at most 1."""
+        if self.tokens is not None:
+            return min(1.0, self.tokens / prompt_tokens)
+        assert self.share is not None
+        return self.share
+
+
+@dataclass(frozen=True)
+class MixedDimConfig:
+    """Settings under ``--additional-config '{"mixeddim": {...}}'``.
+
+    Attributes:
+        enabled: compress at all; with False the backend serves a full cache.
+        budget: share of each prompt's KV bytes to keep, in (0, 1]. Default 0.3.
+        budget_tokens: the same in full-dimension token equivalents per KV head, from 1;
+            replaces ``budget``.
+        window: prompt tokens at the end that stay full and whose queries score the rest,
+            1 to 1024.
+        formats: ``default``, ``paper``, or a list of format names.
+        basis: ``prompt``, a path to a calibrated basis, or None to look for
+            ``mixeddim_basis.safetensors`` in the model folder.
+        loss: ``hybrid``, ``pooled``, ``solo`` or ``paper``.
+        min_prompt_tokens: shorter prompts are left alone, from 1.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+
+    enabled: bool = True
+    budget: float | None = None
+    budget_tokens: int | None = None
+    window: int = 32
+    formats: str | tuple[str, ...] = "default"
+    basis: str | None = None
+    loss: str = "hybrid"
+    min_prompt_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.enabled, bool):
+            raise ConfigError(f"mixeddim.enabled is {self.enabled!r}; allowed are true and false")
+        if self.budget is not None and self.budget_tokens is not None:
+            raise ConfigError("mixeddim.budget and mixeddim.budget_tokens are both set; give one")
+        if self.budget is None and self.budget_tokens is None:
+            object.__setattr__(self, "budget", 0.3)
+        _check_budget("mixeddim.budget", self.budget)
+        _check_budget_tokens("mixeddim.budget_tokens", self.budget_tokens)
+        _check_int("mixeddim.window", self.window, 1, 1024)
+        _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
+        _check_choice("mixeddim.loss", self.loss, LOSSES)
+        self._check_formats()
+        if self.basis is not None and (not isinstance(self.basis, str) or not self.basis):
+            raise ConfigError(
+                f"mixeddim.basis is {self.basis!r}; allowed are 'prompt', the path of a basis "
+                "file, or nothing"
+            )
+
+    def _check_formats(self) -> None:
+        if isinstance(self.formats, str):
+            _check_choice("mixeddim.formats", self.formats, PRESETS)
+            return
+        if not isinstance(self.formats, (list, tuple)) or not all(
+            isinstance(name, str) for name in self.formats
+        ):
+            raise ConfigError(
+                f"mixeddim.formats is {self.formats!r}; allowed are {', '.join(PRESETS)} or a "
+                "list of format names"
+            )
+        object.__setattr__(self, "formats", tuple(self.formats))
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any]) -> MixedDimConfig:
+        """Read the ``mixeddim`` block of vLLM's ``--additional-config``.
+
+        Raises:
+            ConfigError: the block is no object, a name is unknown, or a value is wrong.
+        """
+        block = additional_config.get("mixeddim", {})
+        if not isinstance(block, Mapping):
+            raise ConfigError(f"mixeddim is {block!r}; allowed is an object of settings")
+        known = [f.name for f in fields(cls)]
+        for name in block:
+            if name not in known:
+                raise ConfigError(f"mixeddim.{name} is unknown{_nearest(name, known)}")
+        return cls(**block)
+
+    @property
+    def default_budget(self) -> Budget:
+        """The budget of requests that do not bring their own."""
+        return Budget(self.budget, self.budget_tokens)
+
+    def all_formats(self, geometry: PageGeometry) -> FormatSet:
+        """Every format any prompt may use: what kernels and page tables are built for."""
+        if self.formats == "default":
+            return parse_formats(("drop", "i2", "i4", "i8", "full"), geometry)
+        return self.formats_at(1.0, geometry)
+
+    def formats_at(self, share: float, geometry: PageGeometry) -> FormatSet:
+        """Formats that an allocation may choose from at a budget.
+
+        Args:
+            share: the budget as a share of the prompt's bytes.
+            geometry: the cache's sizes.
+
+        Raises:
+            mdkv_vllm.core.formats.FormatError: a listed name does not fit the model.
+        """
+        if isinstance(self.formats, tuple):
+            names = self.formats
+        elif self.formats == "paper":
+            eighth, quarter = geometry.head_size // 8, geometry.head_size // 4
+            names = ("drop", f"r{eighth}", f"r{quarter}", "full")
+        elif share >= KEEP_ALL_BUDGET:
+            names = ("i2", "i4", "i8", "full")
+        else:
+            names = ("drop", "i4", "i8", "full")
+        return parse_formats(names, geometry)
+
+    def basis_path(self, model: str) -> Path:
+        """Where the calibrated basis is expected for a model folder."""
+        return Path(self.basis) if self.basis else Path(model) / BASIS_FILE
+
+
+def request_budget(extra_args: Mapping[str, Any] | None) -> Budget | None:
+    """The budget a request brings in ``vllm_xargs``, or None.
+
+    Raises:
+        ConfigError: a ``mixeddim*`` field is unknown or out of range.
+    """
+    ours = {k: v for k, v in (extra_args or {}).items() if k.startswith("mixeddim")}
+    for name in ours:
+        if name not in REQUEST_FIELDS:
+            raise ConfigError(f"vllm_xargs.{name} is unknown{_nearest(name, REQUEST_FIELDS)}")
+    if not ours:
+        return None
+    if len(ours) > 1:
+        raise ConfigError(
+            f"vllm_xargs.{REQUEST_BUDGET} and vllm_xargs.{REQUEST_BUDGET_TOKENS} are both set; "
+            "give one"
+        )
+    share, tokens = ours.get(REQUEST_BUDGET), ours.get(REQUEST_BUDGET_TOKENS)
+    if REQUEST_BUDGET in ours:
+        _check_budget(f"vllm_xargs.{REQUEST_BUDGET}", share, required=True)
+        return Budget(share=float(share))  # type: ignore[arg-type]
+    _check_budget_tokens(f"vllm_xargs.{REQUEST_BUDGET_TOKENS}", tokens, required=True)
+    return Budget(tokens=tokens)
+
+
+def _nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{hint} (allowed: {', '.join(known)})"
+
+
+def _check_budget(name: str, value: Any, required: bool = False) -> None:  # noqa: ANN401
+    if value is None and not required:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value <= 1:
+        raise ConfigError(f"{name} is {value!r}; allowed are numbers above 0, up to 1 (no compression)")
+
+
+def _check_budget_tokens(name: str, value: Any, required: bool = False) -> None:  # noqa: ANN401
+    if value is None and not required:
+        return
+    _check_int(name, value, 1, None)
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None) -> None:  # noqa: ANN401
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        allowed = f"{low} to {high}" if high is not None else f"from {low} up"
+        raise ConfigError(f"{name} is {value!r}; allowed are whole numbers {allowed}")
+
+
+def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:  # noqa: ANN401
+    if value not in allowed:
+        raise ConfigError(f"{name} is {value!r}; allowed are {', '.join(allowed)}")

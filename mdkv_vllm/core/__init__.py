@@ -1,0 +1,1 @@
+"""The method itself: formats, plan, loss, allocation, packing. Torch only, no vLLM."""

@@ -1,0 +1,68 @@
+"""Bases: the spaces in which reduced tokens are stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Principal bases of every KV head.
+
+    Encoder and decoder are the same orthonormal matrix: ``k_low = k @ U_K``,
+    ``q_low = q @ U_K``, ``v_low = v @ U_V``, ``o += o_low @ U_V^T`` (MixedDimKV section 3).
+    Columns fall in importance, so a lower rank is a prefix of a higher one.
+
+    Attributes:
+        keys: float32 ``[layers, kv_heads, head_size, rank]``.
+        values: float32, same shape.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns held."""
+        return self.keys.shape[-1]
+
+    def truncate(self, rank: int) -> Basis:
+        """Keep the first ``rank`` columns."""
+        return Basis(self.keys[..., :rank].contiguous(), self.values[..., :rank].contiguous())
+
+
+def principal_basis(second_moment: torch.Tensor, rank: int) -> torch.Tensor:
+    """Leading eigenvectors of uncentred second moments.
+
+    The paper's basis: ``K^T K / N = U S U^T`` without subtracting the mean (arXiv
+    2603.20616 section 3; methods note 1.1 a). Signs are fixed (the largest entry of a column
+    is positive) so that equal inputs give equal bases.
+
+    Args:
+        second_moment: symmetric ``[..., head_size, head_size]``.
+        rank: columns to return.
+
+    Returns:
+        float32 ``[..., head_size, rank]``, orthonormal columns, largest eigenvalue first.
+    """
+    _, vectors = torch.linalg.eigh(second_moment.float())
+    leading = vectors.flip(-1)[..., :rank]
+    pivot = leading.abs().argmax(dim=-2, keepdim=True)
+    return leading * leading.gather(-2, pivot).sign()
+
+
+@cache
+def hadamard(size: int) -> torch.Tensor:
+    """A symmetric orthonormal Hadamard matrix, float32 ``[size, size]``.
+
+    Sizes that are no power of two get the largest Sylvester block that divides them,
+    repeated along the diagonal.
+    """
+    block = size & -size
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
+    return torch.block_diag(*([matrix / block**0.5] * (size // block)))

@@ -1,0 +1,117 @@
+"""Loss of holding a token at a format, as the window queries would see it.
+
+Formulas: MixedDimKV (arXiv 2603.20616) section 3 and algorithm 1; the solo, pooled and
+hybrid variants are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import max_pool1d
+
+LOSSES = ("paper", "solo", "pooled", "hybrid")
+POOL_KERNEL = 7
+"""Neighbours (odd, centred) over which losses are max-pooled, as SnapKV pools its scores."""
+HYBRID_WEIGHT = 0.2
+"""Weight of the pooled loss in ``hybrid``."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Every span token of one layer as one format would hold it.
+
+    Attributes:
+        queries: window queries in the format's space, float32 ``[kv_heads, rows, rank]``.
+        keys: keys as read back from the format, float32 ``[kv_heads, span, rank]``.
+        value_error: Euclidean norm of the value's error, float32 ``[kv_heads, span]``.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    value_error: torch.Tensor
+
+
+def window_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+    """Scores of the window queries over every key they may see.
+
+    Args:
+        queries: float32 ``[kv_heads, window, group, head_size]``, the prompt's last tokens.
+        keys: float32 ``[kv_heads, tokens, head_size]``, the whole prompt.
+        scale: factor of the scores.
+
+    Returns:
+        float32 ``[kv_heads, window * group, tokens]``, ``-inf`` above the diagonal.
+    """
+    heads, window, group, _ = queries.shape
+    logits = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).mul_(scale)
+    if window > 1:
+        hidden = torch.ones(window, window, dtype=torch.bool).triu_(1).repeat_interleave(group, 0)
+        logits[:, :, -window:].masked_fill_(hidden, -torch.inf)
+    return logits
+
+
+def token_losses(
+    logits: torch.Tensor,
+    value_norms: torch.Tensor,
+    candidates: Sequence[Candidate],
+    scale: float,
+    variant: str,
+    drop: bool,
+) -> torch.Tensor:
+    """Loss of every span token at ``drop`` (if allowed), each candidate, and nothing else.
+
+    ``drop``:  ``sum_q 2 P[q,t] |V_t|``
+    format f: ``sum_q |P_f[q,t] - P[q,t]| |V_t| + P[q,t] |V_t - V_t^f|``
+
+    In ``paper``, ``P_f`` is the softmax with every span key at format f. In ``solo`` (and the
+    pooled variants, which build on it) only token t changes:
+    ``P_f = P e / (1 + P (e - 1))`` with ``e`` the exponential of the score's change.
+
+    Args:
+        logits: from :func:`window_logits`, ``[kv_heads, rows, tokens]``; not kept.
+        value_norms: float32 ``[kv_heads, span]``, ``|V_t|``.
+        candidates: the reduced formats, in the order of the result.
+        scale: factor of the scores.
+        variant: one of :data:`LOSSES`.
+        drop: whether the first row of the result is ``drop``.
+
+    Returns:
+        float32 ``[options, kv_heads, span]``.
+    """
+    span = value_norms.shape[1]
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    window_log_sum = logits[:, :, span:].logsumexp(-1, keepdim=True)
+    probability = (logits[:, :, :span] - log_sum).exp_()
+    mass = probability.sum(1)
+    losses = [2 * mass * value_norms] if drop else []
+    for candidate in candidates:
+        scores = torch.bmm(candidate.queries, candidate.keys.transpose(1, 2)).mul_(scale)
+        if variant == "paper":
+            total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), window_log_sum)
+            changed = scores.sub_(total).exp_()
+        else:
+            # The clamp only guards against overflow: beyond it P_f is 1 to float32 precision.
+            changed = scores.sub_(log_sum).clamp_(max=60).exp_()
+            changed = changed.div_((changed - probability).add_(1))
+        moved = changed.sub_(probability).abs_().sum(1)
+        losses.append(moved * value_norms + mass * candidate.value_error)
+    return pool(torch.stack(losses), variant)
+
+
+def pool(losses: torch.Tensor, variant: str) -> torch.Tensor:
+    """Spread losses over neighbouring tokens: ``pooled`` and ``hybrid``; others unchanged.
+
+    A token is rarely needed alone; without pooling, the later tokens of a phrase that the
+    window queries do not look at yet are lost.
+
+    Args:
+        losses: float32 ``[options, kv_heads, span]``.
+        variant: one of :data:`LOSSES`.
+    """
+    if variant not in ("pooled", "hybrid"):
+        return losses
+    pooled = max_pool1d(losses, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)
+    return pooled if variant == "pooled" else losses + HYBRID_WEIGHT * pooled

@@ -1,0 +1,217 @@
+"""The attention backend as vLLM sees it: capabilities, metadata, and one layer's forward."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from mdkv_vllm import ops
+from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.ops.prefill import prefill_attention
+from mdkv_vllm.plugin.metadata import MixedDimMetadata
+from mdkv_vllm.plugin.registration import BACKEND_NAME
+from mdkv_vllm.plugin.runtime import current_runtime
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.config.cache import CacheDType
+
+
+class MixedDimBackend(AttentionBackend):
+    """Full attention over a cache whose prompts may be compressed."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update: bool = False
+
+    @staticmethod
+    def get_name() -> str:
+        """Name of the enum member."""
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:  # noqa: ANN401
+        """Any multiple of 16 tokens."""
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """The head sizes that vLLM's CPU backend takes."""
+        return [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Leases cannot be moved yet."""
+        return False
+
+    @classmethod
+    def supports_compute_capability(cls, capability: object) -> bool:
+        """No GPU yet: vLLM only asks on GPUs."""
+        return False
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """All layers of a block side by side, so that a lease may use any page of a block."""
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Hand the block manager what it needs to plan leases.
+
+        Raises:
+            ConfigError: the layer is not plain full attention.
+        """
+        from mdkv_vllm.plugin.spec import MixedDimSpec
+
+        if isinstance(spec, MixedDimSpec):
+            return spec
+        if type(spec) is not FullAttentionSpec:
+            raise ConfigError(
+                f"--attention-backend mixeddim: a layer needs {type(spec).__name__}; only full "
+                "attention is supported"
+            )
+        vllm_config = get_current_vllm_config()
+        config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
+        num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        return MixedDimSpec.of(spec, config, num_layers)
+
+    @staticmethod
+    def get_impl_cls() -> type[MixedDimImpl]:
+        """The layer's implementation."""
+        return MixedDimImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[MixedDimMetadataBuilder]:
+        """The metadata builder."""
+        return MixedDimMetadataBuilder
+
+
+class MixedDimMetadataBuilder(AttentionMetadataBuilder[MixedDimMetadata]):
+    """Turns vLLM's batch into prefills, decodes and prompts to compress."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> MixedDimMetadata:
+        """Build one step's metadata, shared by all layers."""
+        batch = common_attn_metadata
+        return current_runtime().begin_step(
+            batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist(),
+            batch.seq_lens[: batch.num_reqs].tolist(),
+            batch.block_table_tensor,
+        )
+
+
+class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
+    """One layer's attention."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+    ) -> None:
+        for flag, value in (
+            ("ALiBi", alibi_slopes),
+            ("sliding-window attention", sliding_window),
+            ("logits soft cap", logits_soft_cap),
+            ("KV sharing between layers", kv_sharing_target_layer_name),
+        ):
+            if value:
+                raise ConfigError(
+                    f"--attention-backend mixeddim: this model uses {flag}; it is not supported"
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write new keys and values, ``[tokens, kv_heads, head_size]``, at full dimension."""
+        ops.store_kv(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: Any,  # noqa: ANN401
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: MixedDimMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend; ``attn_metadata`` is None only while vLLM warms up.
+
+        Args:
+            layer: vLLM's layer; not used.
+            query: ``[tokens, query_heads, head_size]``.
+            key: ``[tokens, kv_heads, head_size]``.
+            value: ``[tokens, kv_heads, head_size]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]`` view of this layer.
+            attn_metadata: this step's metadata.
+            output: ``[tokens, query_heads, head_size]``, written in place.
+            output_scale: fused output quantisation; refused.
+            output_block_scale: likewise.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("mixeddim: fused output quantisation is not supported")
+        if attn_metadata is None:
+            return output
+        runtime = current_runtime()
+        layer_index = runtime.layer_of(kv_cache)
+        for prefill in attn_metadata.prefills:
+            chunk = slice(prefill.start, prefill.stop)
+            prefill_attention(
+                query[chunk],
+                key[chunk],
+                value[chunk],
+                kv_cache,
+                prefill.context_blocks,
+                prefill.context_tokens,
+                self.scale,
+                output[chunk],
+            )
+        for capture in attn_metadata.captures:
+            capture.copy(layer_index, query)
+        if attn_metadata.decode is not None:
+            runtime.decode(layer_index, query, attn_metadata, self.scale, output)
+        return output

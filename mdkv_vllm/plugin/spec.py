@@ -1,0 +1,60 @@
+"""The KV cache spec: full attention whose blocks are managed by leases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Self
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.core.formats import PageGeometry
+from mdkv_vllm.plugin.manager import MixedDimManager
+from mdkv_vllm.policy import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedDimSpec(FullAttentionSpec):
+    """Full attention plus what the scheduler needs to plan leases.
+
+    Attributes:
+        config: the settings.
+        num_layers: attention layers on this rank.
+    """
+
+    config: MixedDimConfig
+    num_layers: int
+
+    @property
+    def policy(self) -> Policy:
+        """The settings applied to this model."""
+        geometry = PageGeometry(self.block_size, self.head_size, self.dtype)
+        return Policy(self.config, geometry, self.num_layers, self.num_kv_heads)
+
+    @classmethod
+    def of(cls, spec: FullAttentionSpec, config: MixedDimConfig, num_layers: int) -> Self:
+        """Extend vLLM's own spec of a layer."""
+        inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
+        return cls(**inherited, config=config, num_layers=num_layers)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for a group of layers, which must all be alike.
+
+        Raises:
+            ValueError: they are not; leases need one page size in every layer.
+        """
+        if any(spec != specs[0] for spec in specs):
+            raise ValueError(
+                "mixeddim needs the same KV heads and head size in every attention layer; "
+                "this model's layers differ"
+            )
+        return specs[0]
+
+
+def register_spec() -> None:
+    """Tell vLLM which manager serves :class:`MixedDimSpec`; idempotent."""
+    KVCacheSpecRegistry.register(
+        MixedDimSpec, MixedDimManager, uniform_type_base_spec=FullAttentionSpec
+    )

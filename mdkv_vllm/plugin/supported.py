@@ -1,0 +1,43 @@
+"""What the backend refuses, at start-up and by the name of the flag."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+from mdkv_vllm.config import ConfigError
+
+
+def refuse_unsupported(vllm_config: VllmConfig) -> None:
+    """Raise if the server asks for something that leases cannot carry yet.
+
+    Raises:
+        ConfigError: naming every offending flag.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    problems = []
+    if model is not None and model.use_mla:
+        problems.append("models with multi-head latent attention (MLA)")
+    if model is not None and model.is_hybrid:
+        problems.append("hybrid models with state-space layers")
+    if model is not None and getattr(model.hf_text_config, "sliding_window", None):
+        layer_types = getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"]
+        uses = getattr(model.hf_text_config, "use_sliding_window", True)
+        if uses and "sliding_attention" in layer_types:
+            problems.append("models with sliding-window layers (disable with --disable-sliding-window)")
+    if vllm_config.speculative_config is not None:
+        problems.append("speculative decoding (--speculative-config)")
+    if parallel.decode_context_parallel_size > 1:
+        problems.append("context parallelism (--decode-context-parallel-size)")
+    if parallel.prefill_context_parallel_size > 1:
+        problems.append("context parallelism (--prefill-context-parallel-size)")
+    if parallel.pipeline_parallel_size > 1:
+        problems.append("pipeline parallelism (--pipeline-parallel-size)")
+    if vllm_config.kv_transfer_config is not None:
+        problems.append("KV connectors (--kv-transfer-config)")
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        problems.append(f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, float16, bfloat16)")
+    if vllm_config.attention_config.backend_per_kind:
+        problems.append("--attention-config backend_per_kind")
+    if problems:
+        raise ConfigError("--attention-backend mixeddim does not support " + "; ".join(problems))

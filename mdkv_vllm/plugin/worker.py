@@ -1,0 +1,135 @@
+"""vLLM's CPU worker with a runtime that compresses at the end of a step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from mdkv_vllm.calibrate.artifact import load_basis
+from mdkv_vllm.config import PROMPT_BASIS, ConfigError
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.plugin.rows import RunnerV1Rows
+from mdkv_vllm.plugin.runtime import Runtime, install_runtime
+from mdkv_vllm.plugin.spec import MixedDimSpec
+from mdkv_vllm.policy import Policy
+
+logger = init_logger(__name__)
+
+
+class MixedDimCPUWorker(CPUWorker):
+    """A CPU worker whose compressed prompts live in leases."""
+
+    _runtime: Runtime | None = None
+    _scale = 1.0
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the cache as vLLM does, then set up the runtime over it."""
+        super().initialize_from_config(kv_cache_config)
+        layers = attention_layers(self.vllm_config)
+        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        if len(kv_cache_config.kv_cache_groups) != 1 or not isinstance(spec, MixedDimSpec):
+            raise ConfigError(
+                "--attention-backend mixeddim needs one group of full-attention layers; this "
+                f"model has {[type(g.kv_cache_spec).__name__ for g in kv_cache_config.kv_cache_groups]}"
+            )
+        scales = {layer.impl.scale for layer in layers}
+        if len(scales) != 1:
+            raise ConfigError("--attention-backend mixeddim: layers differ in their score scale")
+        self._scale = scales.pop()
+        policy = spec.policy
+        self._runtime = Runtime(
+            policy,
+            self._load_basis(policy),
+            arena_of([layer.kv_cache for layer in layers], policy),
+            layers[0].num_heads,
+            RunnerV1Rows(self.model_runner),
+        )
+        install_runtime(self._runtime)
+        logger.info("mixeddim: %s", describe(policy))
+
+    def _load_basis(self, policy: Policy) -> Basis | None:
+        formats = policy.layout.formats
+        if not formats.uses_basis or policy.config.basis == PROMPT_BASIS:
+            return None
+        path = policy.config.basis_path(self.vllm_config.model_config.model)
+        if not path.is_file():
+            raise ConfigError(
+                f"mixeddim.basis: {path} does not exist, and formats {', '.join(formats.names)} "
+                "need a basis; make it with 'mdkv calibrate', or set basis to 'prompt'"
+            )
+        model = self.vllm_config.model_config
+        basis = load_basis(path, model.model, (policy.num_layers, policy.num_kv_heads, policy.geometry.head_size))
+        return basis.truncate(formats.basis_rank)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run a step, then compress the prompts that ended in it."""
+        output = super().execute_model(*args, **kwargs)
+        if self._runtime is not None:
+            self._runtime.end_step(self._scale)
+        return output
+
+    def mixeddim_status(self) -> dict[str, Any]:
+        """Totals and recent compressions, for ``collective_rpc``."""
+        assert self._runtime is not None
+        return asdict(self._runtime.totals)
+
+
+def attention_layers(vllm_config: VllmConfig) -> list[Attention]:
+    """The model's attention layers, in the order of their place in the cache."""
+    context = vllm_config.compilation_config.static_forward_context
+    layers = [layer for layer in context.values() if isinstance(layer, Attention)]
+    return sorted(layers, key=lambda layer: layer.kv_cache.data_ptr())
+
+
+def arena_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:
+    """The whole cache as one tensor over its layers' views.
+
+    Args:
+        views: per layer ``[blocks, kv_heads, block_size, 2 * head_size]``, in memory order.
+        policy: the settings applied to the model.
+
+    Returns:
+        ``[blocks, layers * kv_heads, block_size, 2 * head_size]``, contiguous.
+
+    Raises:
+        ConfigError: the views do not lie block by block, all layers side by side.
+    """
+    pages, size = policy.layout.pages_per_block, policy.geometry
+    content = 2 * size.head_size
+    stride = (pages * size.block_size * content, size.block_size * content, content, 1)
+    first = views[0]
+    expected = [first.storage_offset() + i * policy.num_kv_heads * stride[1] for i in range(len(views))]
+    if (
+        len(views) != policy.num_layers
+        or first.stride(0) != stride[0]
+        or [view.storage_offset() for view in views] != expected
+    ):
+        raise ConfigError(
+            "--attention-backend mixeddim needs the KV cache layout BLHNC (all layers of a block "
+            "side by side); unset VLLM_KV_CACHE_LAYOUT"
+        )
+    shape = (first.shape[0], pages, size.block_size, content)
+    return first.as_strided(shape, stride, first.storage_offset())
+
+
+def describe(policy: Policy) -> str:
+    """One line on the configuration in force."""
+    config = policy.config
+    if not config.enabled:
+        return "compression is off (enabled: false)"
+    budget = (
+        f"budget {config.budget:.0%}" if config.budget else f"budget {config.budget_tokens} tokens"
+    )
+    formats = policy.formats_for(4096, None).names
+    return (
+        f"{budget}, formats {', '.join(formats)} (at 4096 tokens), loss {config.loss}, window "
+        f"{config.window}, prompts from {config.min_prompt_tokens} tokens, "
+        f"pages of {policy.geometry.page_bytes} bytes"
+    )

@@ -1,0 +1,66 @@
+"""The configuration applied to one model: what every prompt's plan and formats are.
+
+Scheduler and worker each build one from equal arguments and therefore always agree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from mdkv_vllm.config import PROMPT_BASIS, Budget, MixedDimConfig
+from mdkv_vllm.core.formats import FormatSet, PageGeometry
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A configuration and the sizes of the model it serves.
+
+    Attributes:
+        config: the settings.
+        geometry: the cache's sizes.
+        num_layers: attention layers on this rank.
+        num_kv_heads: KV heads per layer on this rank.
+    """
+
+    config: MixedDimConfig
+    geometry: PageGeometry
+    num_layers: int
+    num_kv_heads: int
+
+    @cached_property
+    def layout(self) -> LeaseLayout:
+        """What every lease of this model looks like."""
+        formats = self.config.all_formats(self.geometry)
+        own_basis = self.config.basis == PROMPT_BASIS and formats.uses_basis
+        rank = formats.basis_rank if own_basis else 0
+        return LeaseLayout(self.geometry, formats, self.num_layers, self.num_kv_heads, rank)
+
+    def formats_for(self, prompt_tokens: int, budget: Budget | None) -> FormatSet:
+        """Formats allowed for a prompt.
+
+        Args:
+            prompt_tokens: its length.
+            budget: its own budget; None for the server's.
+        """
+        share = (budget or self.config.default_budget).share_of(prompt_tokens)
+        return self.config.formats_at(share, self.geometry)
+
+    def plan(self, prompt_tokens: int, budget: Budget | None) -> LeasePlan | None:
+        """Plan a prompt's lease, or None where it stays uncompressed."""
+        if not self.config.enabled:
+            return None
+        wanted = budget or self.config.default_budget
+        formats = self.formats_for(prompt_tokens, budget)
+        floor = None if formats.drop else formats.formats[0].tokens_per_page
+        terms = LeaseTerms(
+            block_size=self.geometry.block_size,
+            window=self.config.window,
+            min_prompt_tokens=max(self.config.min_prompt_tokens, self.config.window + 1),
+            budget=wanted.share_of(prompt_tokens),
+            min_blocks=self.layout.min_blocks,
+            floor_tokens_per_page=floor,
+        )
+        return plan_lease(prompt_tokens, terms)

@@ -1,0 +1,243 @@
+"""The lease manager against vLLM's real KVCacheManager and BlockPool.
+
+A model of the worker's memory runs beside it: which tokens each block really holds. Whatever
+is admitted, prefilled in chunks, decoded, preempted, aborted or shared, a prefix-cache hit
+must find the tokens it stands for, and a lease must be its request's alone.
+"""
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+pytest.importorskip("vllm")
+
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
+from vllm.v1.request import Request, RequestStatus
+
+from mdkv_vllm.config import REQUEST_BUDGET, MixedDimConfig
+from mdkv_vllm.plugin.requests import admit
+from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
+
+BLOCK, LAYERS, BLOCKS = 16, 2, 64
+CONFIG = MixedDimConfig(budget=0.4, window=8, min_prompt_tokens=48)
+register_spec()
+init_none_hash(sha256)
+
+
+def spec_for(config=CONFIG):
+    full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    return MixedDimSpec.of(full, config, LAYERS)
+
+
+def make_manager(caching=True, config=CONFIG):
+    spec = spec_for(config)
+    layers = [f"layer{i}" for i in range(LAYERS)]
+    page = spec.page_size_bytes
+    tensor = KVCacheTensor(page * LAYERS * BLOCKS, layers, page, page * LAYERS)
+    kv_config = KVCacheConfig(BLOCKS, [tensor], [KVCacheGroupSpec(layers, spec)])
+    return KVCacheManager(
+        kv_config,
+        max_model_len=4096,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=caching,
+    )
+
+
+def make_request(name, prompt, budget=None):
+    extra = {REQUEST_BUDGET: budget} if budget else None
+    params = SamplingParams(max_tokens=100, extra_args=extra)
+    admit(params, CONFIG)
+    return Request(
+        name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256)
+    )
+
+
+def document(which, length):
+    """Documents 0 and 1 share their first 100 tokens; 2 shares none."""
+    shared = list(range(1000, 1100)) if which < 2 else []
+    return (shared + [which * 10_000 + i for i in range(length)])[:length]
+
+
+class LeaseLife(RuleBasedStateMachine):
+    """Random lives of requests on one block pool."""
+
+    caching = True
+
+    def __init__(self):
+        super().__init__()
+        self.manager = make_manager(self.caching)
+        self.single = self.manager.coordinator.single_type_managers[0]
+        self.pool = self.manager.block_pool
+        self.waiting, self.running = [], []
+        self.memory: dict[int, object] = {}
+        self.before_last_step: dict[str, int] = {}
+        self.count = 0
+
+    @rule(
+        which=st.integers(0, 2),
+        length=st.integers(20, 400),
+        budget=st.sampled_from([None, None, 0.2, 0.4, 0.7, 0.95, 1.0]),
+    )
+    def submit(self, which, length, budget):
+        self.count += 1
+        self.waiting.append(make_request(f"r{self.count}", document(which, length), budget))
+
+    @precondition(lambda self: self.waiting)
+    @rule(chunk=st.integers(1, 500))
+    def admit_first(self, chunk):
+        request = self.waiting[0]
+        hits, num_hit, _ = self.manager.get_computed_blocks(request)
+        for index, block in enumerate(hits.blocks[0]):
+            upto = (index + 1) * BLOCK
+            assert self.memory[block.block_id] == tuple(request.all_token_ids[:upto])
+        chunk = min(chunk, request.num_tokens - num_hit)
+        if self.manager.allocate_slots(request, chunk, num_hit, hits) is None:
+            return
+        self.waiting.pop(0)
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = num_hit
+        self.running.append(request)
+        self._run(request, chunk)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), chunk=st.integers(1, 300))
+    def continue_one(self, data, chunk):
+        request = data.draw(st.sampled_from(self.running))
+        chunk = min(chunk, request.num_tokens - request.num_computed_tokens)
+        while self.manager.allocate_slots(request, chunk) is None:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return
+        self._run(request, chunk)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def preempt_one(self, data):
+        self._preempt(data.draw(st.sampled_from(self.running)))
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish_one(self, data):
+        request = data.draw(st.sampled_from(self.running))
+        self.running.remove(request)
+        self.manager.free(request)
+
+    def _preempt(self, request):
+        self.running.remove(request)
+        self.manager.free(request)
+        request.status = RequestStatus.PREEMPTED
+        request.num_computed_tokens = 0
+        self.waiting.insert(0, request)
+
+    def _run(self, request, chunk):
+        """What the worker does in a step: write tokens, compress a finished prompt."""
+        before = request.num_computed_tokens
+        self.before_last_step[request.request_id] = before
+        after = before + chunk
+        blocks = self.single.req_to_blocks[request.request_id]
+        plan = self.single.plan_of(request)
+        leased = plan is not None and before >= plan.prompt_tokens
+        for index in range(before // BLOCK, -(-after // BLOCK)):
+            block = blocks[index]
+            assert not block.is_null
+            assert not (leased and index < plan.tail_block)
+            upto = min((index + 1) * BLOCK, after)
+            self.memory[block.block_id] = tuple(request.all_token_ids[:upto])
+        if plan is not None and before < plan.prompt_tokens <= after:
+            for index in range(plan.tail_block):
+                tokens = tuple(request.all_token_ids[: (index + 1) * BLOCK])
+                assert self.memory[blocks[index].block_id] == tokens
+            for block in blocks[plan.first_lease_block : plan.tail_block]:
+                assert block.ref_cnt == 1, "a lease block is shared"
+                assert block.block_hash is None, "a lease block is hashed"
+                self.memory[block.block_id] = ("lease", request.request_id)
+        request.num_computed_tokens = after
+        if after == request.num_tokens:
+            request.append_output_token_ids(7)
+
+    @invariant()
+    def no_leak_and_no_double_use(self):
+        held = {}
+        for request in self.running:
+            for block in self.single.req_to_blocks[request.request_id]:
+                if not block.is_null:
+                    held.setdefault(block.block_id, []).append(request.request_id)
+        assert self.pool.get_num_free_blocks() == BLOCKS - 1 - len(held)
+        for block_id, owners in held.items():
+            assert self.pool.blocks[block_id].ref_cnt == len(owners)
+
+    @invariant()
+    def compressed_prompts_gave_their_blocks_back(self):
+        for request in self.running:
+            plan = self.single.plan_of(request)
+            blocks = self.single.req_to_blocks[request.request_id]
+            if plan is None:
+                continue
+            # Freed when the step after the rewrite is scheduled.
+            if self.before_last_step[request.request_id] >= plan.prompt_tokens:
+                assert all(b.is_null for b in blocks[: plan.first_lease_block])
+            for block in blocks[plan.first_lease_block : plan.tail_block]:
+                assert block.block_hash is None
+                if request.num_computed_tokens >= plan.prompt_tokens:
+                    assert self.memory[block.block_id] == ("lease", request.request_id)
+
+    def teardown(self):
+        for request in self.running:
+            self.manager.free(request)
+        assert self.pool.get_num_free_blocks() == BLOCKS - 1
+
+
+class LeaseLifeWithoutPrefixCache(LeaseLife):
+    caching = False
+
+
+TestLeaseLife = LeaseLife.TestCase
+TestLeaseLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLeaseLifeWithoutPrefixCache = LeaseLifeWithoutPrefixCache.TestCase
+TestLeaseLifeWithoutPrefixCache.settings = settings(
+    max_examples=30, stateful_step_count=40, deadline=None
+)
+
+
+def run_prompt(manager, request):
+    hits, num_hit, _ = manager.get_computed_blocks(request)
+    assert manager.allocate_slots(request, request.num_tokens - num_hit, num_hit, hits)
+    request.num_computed_tokens = request.num_tokens
+    return num_hit
+
+
+def test_freed_blocks_keep_their_hash_and_the_lease_is_recomputed():
+    manager = make_manager()
+    first = make_request("a", document(0, 320))
+    plan = spec_for().policy.plan(320, None)
+    run_prompt(manager, first)
+    manager.remove_skipped_blocks("a", 320, 320)
+    assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - (20 - plan.first_lease_block)
+    assert run_prompt(manager, make_request("b", document(0, 320))) == plan.first_lease_block * BLOCK
+
+
+def test_budget_above_the_default_reads_no_prefix_cache():
+    manager = make_manager()
+    run_prompt(manager, make_request("a", document(0, 320)))
+    assert run_prompt(manager, make_request("b", document(0, 320), 0.9)) == 0
+    assert run_prompt(manager, make_request("c", document(0, 320), 0.2)) > 0
+
+
+def test_disabled_compression_is_stock_behaviour():
+    manager = make_manager(config=MixedDimConfig(enabled=False))
+    run_prompt(manager, make_request("a", document(0, 320)))
+    manager.remove_skipped_blocks("a", 320, 320)
+    assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - 20

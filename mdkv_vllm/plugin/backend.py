@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -16,8 +15,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from mdkv_vllm import ops
 from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.ops.cpu import store_kv
 from mdkv_vllm.ops.prefill import prefill_attention
 from mdkv_vllm.plugin.metadata import MixedDimMetadata
 from mdkv_vllm.plugin.registration import BACKEND_NAME
@@ -34,6 +33,7 @@ class MixedDimBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update: bool = False
+    _served: ClassVar[VllmConfig | None] = None
 
     @staticmethod
     def get_name() -> str:
@@ -57,8 +57,8 @@ class MixedDimBackend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: object) -> bool:
-        """No GPU yet: vLLM only asks on GPUs."""
-        return False
+        """No GPU yet; a CPU has no capability."""
+        return capability is None
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -81,10 +81,15 @@ class MixedDimBackend(AttentionBackend):
                 f"--attention-backend mixeddim: a layer needs {type(spec).__name__}; only full "
                 "attention is supported"
             )
-        vllm_config = get_current_vllm_config()
-        config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
-        num_layers = vllm_config.model_config.get_num_layers(vllm_config.parallel_config)
+        assert cls._served is not None, "the worker names its configuration first"
+        config = MixedDimConfig.from_additional_config(cls._served.additional_config)
+        num_layers = cls._served.model_config.get_num_layers(cls._served.parallel_config)
         return MixedDimSpec.of(spec, config, num_layers)
+
+    @classmethod
+    def serve(cls, vllm_config: VllmConfig) -> None:
+        """Name the configuration for :meth:`customize_spec`, which vLLM calls without one."""
+        cls._served = vllm_config
 
     @staticmethod
     def get_impl_cls() -> type[MixedDimImpl]:
@@ -165,7 +170,7 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write new keys and values, ``[tokens, kv_heads, head_size]``, at full dimension."""
-        ops.store_kv(key, value, kv_cache, slot_mapping)
+        store_kv(key, value, kv_cache, slot_mapping)
 
     def forward(
         self,

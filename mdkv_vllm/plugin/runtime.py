@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from vllm.logger import init_logger
 
-from mdkv_vllm import ops
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import Compressor
+from mdkv_vllm.core.formats import PageFormat, PageGeometry
 from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.ops import cpu
 from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, Prefill
 from mdkv_vllm.plugin.rows import BatchRows, Row
 from mdkv_vllm.policy import Policy
@@ -106,7 +107,7 @@ class Runtime:
         self._batch = batch
         self._prompts: dict[str, _Prompt] = {}
         self._pending: list[_Pending] = []
-        self._kernel = ops.DecodeKernel(policy.layout, basis)
+        self._tables = cpu.DecodeTables.build(policy.layout, basis)
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:
         """Index of a layer from its view of the cache."""
@@ -207,10 +208,11 @@ class Runtime:
         assert decode is not None
         contiguous = isinstance(decode.tokens, slice)
         result = output[decode.tokens] if contiguous else torch.empty_like(query[decode.tokens])
-        self._kernel(
+        cpu.mixed_decode(
             query[decode.tokens],
             self.arena,
             layer,
+            self._tables,
             decode.block_table,
             decode.rows,
             decode.lengths,
@@ -234,10 +236,10 @@ class Runtime:
         assert prompt.window is not None
         formats = self.policy.formats_for(plan.prompt_tokens, prompt.row.budget)
         compressor = Compressor(
-            self.policy.layout, self.policy.config.loss, scale, self._basis, ops.pack_lists
+            self.policy.layout, self.policy.config.loss, scale, self._basis, _pack_lists
         )
         result = compressor.compress(
-            lambda layer: ops.load_layer(self.arena, layer, self.policy.num_kv_heads, pending.blocks, plan.prompt_tokens),
+            lambda layer: self._load_layer(layer, pending.blocks, plan.prompt_tokens),
             prompt.window,
             plan,
             formats,
@@ -247,6 +249,16 @@ class Runtime:
         target[lease] = result.pages.view(plan.num_lease_blocks, -1)
         prompt.window = None
         self._report(prompt.row, plan, result.tokens, time.perf_counter() - started)
+
+    def _load_layer(
+        self, layer: int, blocks: torch.Tensor, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a prompt's layer, float32 ``[kv_heads, tokens, head_size]``."""
+        heads = self.policy.num_kv_heads
+        view = self.arena[:, layer * heads : (layer + 1) * heads]
+        keys, values = torch.empty(2, heads, num_tokens, self.policy.geometry.head_size)
+        cpu.load_kv(view, blocks, num_tokens, keys, values)
+        return keys, values
 
     def _report(self, row: Row, plan: LeasePlan, tokens: torch.Tensor, seconds: float) -> None:
         names = [f.name for f in self.policy.layout.formats.formats]
@@ -265,6 +277,19 @@ class Runtime:
                 seconds,
             )
         )
+
+
+def _pack_lists(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    counts: torch.Tensor,
+    fmt: PageFormat,
+    geometry: PageGeometry,
+) -> torch.Tensor:
+    num_pages = sum(fmt.pages(n) for n in counts.tolist())
+    pages = torch.empty(num_pages, geometry.page_bytes, dtype=torch.uint8)
+    cpu.pack_pages(keys, values, counts, fmt, geometry, pages)
+    return pages
 
 
 _current: Runtime | None = None

@@ -9,12 +9,13 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from mdkv_vllm.calibrate.artifact import load_basis
 from mdkv_vllm.config import PROMPT_BASIS, ConfigError
 from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.plugin.backend import MixedDimBackend
 from mdkv_vllm.plugin.rows import RunnerV1Rows
 from mdkv_vllm.plugin.runtime import Runtime, install_runtime
 from mdkv_vllm.plugin.spec import MixedDimSpec
@@ -28,6 +29,11 @@ class MixedDimCPUWorker(CPUWorker):
 
     _runtime: Runtime | None = None
     _scale = 1.0
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Specs of the model's layers, as vLLM asks for them before it sizes the cache."""
+        MixedDimBackend.serve(self.vllm_config)
+        return super().get_kv_cache_spec()
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache as vLLM does, then set up the runtime over it."""

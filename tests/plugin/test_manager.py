@@ -241,3 +241,18 @@ def test_disabled_compression_is_stock_behaviour():
     run_prompt(manager, make_request("a", document(0, 320)))
     manager.remove_skipped_blocks("a", 320, 320)
     assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - 20
+
+
+def test_a_resumed_request_hits_nothing_of_its_own_lease():
+    """Its prompt and its answer are cached by a longer prompt that begins with both."""
+    manager = make_manager()
+    resumed = make_request("a", document(0, 320))
+    run_prompt(manager, resumed)
+    resumed.append_output_token_ids([7] * 60)
+    manager.free(resumed)
+    resumed.status, resumed.num_computed_tokens = RequestStatus.PREEMPTED, 0
+    longer = make_request("b", document(0, 320) + [7] * 60 + document(2, 320))
+    run_prompt(manager, longer)
+    first_lease = spec_for().policy.plan(320, None).first_lease_block
+    assert spec_for().policy.plan(700, None).first_lease_block > first_lease
+    assert run_prompt(manager, resumed) == first_lease * BLOCK

@@ -1,0 +1,32 @@
+// The kernels of one instruction set: each kernels_<isa>.cpp includes its vectors, then this.
+#include "attend.h"
+#include "finish.h"
+#include "kernels.h"
+#include "pack.h"
+#include "prepare.h"
+
+namespace mdkv {
+namespace MDKV_ISA {
+namespace {
+
+void attend(const DecodeArgs& args, const Unit& unit, const Prepared& prepared, int64_t begin,
+            int64_t end, TileScratch& scratch, Partial& partial) {
+  for (int g = 0; g < args.group; ++g) {
+    partial.max[g] = kMinusInfinity;
+    partial.sum[g] = 0.0f;
+  }
+  for (int space = 0; space < 3; ++space) {
+    clear(partial.out[space], args.group * partial.width[space]);
+  }
+  if (args.cache_type == Element::kFloat32) {
+    Attention<float>(args, unit, prepared, scratch, partial).run(begin, end);
+  } else if (args.cache_type == Element::kBFloat16) {
+    Attention<BFloat16>(args, unit, prepared, scratch, partial).run(begin, end);
+  } else {
+    Attention<Half>(args, unit, prepared, scratch, partial).run(begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace MDKV_ISA
+}  // namespace mdkv

@@ -1,0 +1,17 @@
+// Kernels for any processor.
+#define MDKV_ISA portable
+
+#include "vec_portable.h"
+
+// After the vectors.
+#include "kernels_impl.h"
+
+namespace mdkv {
+
+const Kernels* portable_kernels() {
+  static constexpr Kernels kernels = {"portable",       portable::prepare, portable::attend,
+                                      portable::finish, portable::convert, portable::pack_list};
+  return &kernels;
+}
+
+}  // namespace mdkv

@@ -1,0 +1,194 @@
+// The mixed_decode operator: checks its arguments and runs the machine's kernels.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "isa.h"
+#include "schedule.h"
+#include "tensors.h"
+
+namespace mdkv {
+namespace {
+
+void check_int32(const at::Tensor& tensor, const char* name, int64_t dims) {
+  TORCH_CHECK(tensor.scalar_type() == at::kInt && tensor.dim() == dims, name,
+              ": expected int32 of ", dims, " dimensions, got ", tensor.scalar_type(), " ",
+              tensor.sizes());
+  TORCH_CHECK(dims == 0 || tensor.size(0) == 0 || tensor.stride(-1) == 1 || tensor.size(-1) == 1,
+              name, ": the last dimension must be contiguous");
+}
+
+RowsView rows_view(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.dim() == 3, name, ": expected [queries, q_heads, head_size], got ",
+              tensor.sizes());
+  TORCH_CHECK(tensor.stride(2) == 1, name, ": the last dimension must be contiguous");
+  const int64_t item = tensor.element_size();
+  return {static_cast<char*>(tensor.data_ptr()), element_of(tensor, name), tensor.stride(0) * item,
+          tensor.stride(1) * item};
+}
+
+void set_formats(const at::Tensor& formats, int64_t item_bits, DecodeArgs& args) {
+  check_int32(formats, "formats", 2);
+  TORCH_CHECK(formats.size(1) == 4 && formats.size(0) <= kMaxFormats && formats.is_contiguous(),
+              "formats: expected contiguous [at most ", kMaxFormats, ", 4], got ", formats.sizes());
+  args.num_formats = static_cast<int32_t>(formats.size(0));
+  for (int f = 0; f < args.num_formats; ++f) {
+    const int32_t* row = formats.const_data_ptr<int32_t>() + 4 * f;
+    Format& format = args.formats[f];
+    format.rank = row[0];
+    format.bits = row[1];
+    format.tokens_per_page = row[3];
+    format.codes = format.bits <= 8;
+    TORCH_CHECK(row[2] >= 0 && row[2] <= 2, "formats: rotation ", row[2], " of format ", f);
+    format.rotation = static_cast<Rotation>(row[2]);
+    const bool identity = format.rotation == Rotation::kIdentity;
+    TORCH_CHECK(format.codes ? format.bits == 8 || format.bits == 4 || format.bits == 2
+                             : format.bits == item_bits,
+                "formats: ", format.bits, " bits of format ", f, " in a cache of ", item_bits);
+    TORCH_CHECK(format.rank > 0 && format.rank % 4 == 0 && format.rank <= args.head_size,
+                "formats: rank ", format.rank, " of format ", f);
+    TORCH_CHECK(!identity || (!format.codes && format.rank == args.head_size &&
+                              format.tokens_per_page == args.block_size),
+                "formats: format ", f, " is unrotated, but not the cache's own slots");
+    TORCH_CHECK(format.rotation != Rotation::kHadamard || format.rank == args.head_size,
+                "formats: rank ", format.rank, " of the Hadamard format ", f);
+    const int64_t row_bits = int64_t{format.tokens_per_page} * format.bits;
+    TORCH_CHECK(format.tokens_per_page > 0 && row_bits % 8 == 0, "formats: tokens_per_page ",
+                format.tokens_per_page, " of format ", f);
+    format.section_bytes = format.rank * row_bits / 8;
+    const int64_t used =
+        2 * format.section_bytes + (format.codes ? 4 * int64_t{format.tokens_per_page} : 0);
+    TORCH_CHECK(used <= args.page_bytes, "formats: format ", f, " needs ", used,
+                " bytes of a page of ", args.page_bytes);
+    args.uses_basis |= format.rotation == Rotation::kBasis;
+    args.uses_hadamard |= format.rotation == Rotation::kHadamard;
+  }
+  args.full = {args.head_size,
+               static_cast<int32_t>(item_bits),
+               Rotation::kIdentity,
+               args.block_size,
+               false,
+               args.page_bytes / 2};
+}
+
+void set_basis(const at::Tensor& basis_k, const at::Tensor& basis_v, const at::Tensor& hadamard,
+               int64_t first_page, int64_t pages_per_head, int64_t prompt_rank, DecodeArgs& args) {
+  const auto check = [&](const at::Tensor& basis, const char* name) {
+    TORCH_CHECK(basis.scalar_type() == at::kFloat && basis.is_contiguous() && basis.dim() == 3 &&
+                    basis.size(0) == args.num_kv_heads && basis.size(2) == args.head_size,
+                name, ": expected contiguous float32 [", args.num_kv_heads, ", rank, ",
+                args.head_size, "], got ", basis.scalar_type(), " ", basis.sizes());
+    return basis.const_data_ptr<float>();
+  };
+  args.prompt_basis = prompt_rank > 0;
+  if (args.prompt_basis) {
+    args.basis_rank = static_cast<int32_t>(prompt_rank);
+    args.basis_first_page = first_page;
+    args.basis_pages_per_head = pages_per_head;
+    const int64_t bytes = 2 * prompt_rank * args.head_size * element_bytes(args.cache_type);
+    TORCH_CHECK(first_page >= 0 && pages_per_head * args.page_bytes >= bytes,
+                "basis_pages_per_head: ", pages_per_head, " pages do not hold rank ", prompt_rank);
+  } else if (args.uses_basis) {
+    args.basis_k = check(basis_k, "basis_k");
+    args.basis_v = check(basis_v, "basis_v");
+    TORCH_CHECK(basis_k.size(1) == basis_v.size(1), "basis_v: rank ", basis_v.size(1),
+                ", but basis_k has ", basis_k.size(1));
+    args.basis_rank = static_cast<int32_t>(basis_k.size(1));
+  }
+  for (int f = 0; f < args.num_formats; ++f) {
+    const Format& format = args.formats[f];
+    TORCH_CHECK(format.rotation != Rotation::kBasis || format.rank <= args.basis_rank,
+                "formats: rank ", format.rank, " of format ", f, " exceeds the basis' ",
+                args.basis_rank);
+  }
+  if (args.uses_hadamard) {
+    TORCH_CHECK(hadamard.scalar_type() == at::kFloat && hadamard.is_contiguous() &&
+                    hadamard.dim() == 2 && hadamard.size(0) == args.head_size &&
+                    hadamard.size(1) == args.head_size,
+                "hadamard: expected contiguous float32 [", args.head_size, ", ", args.head_size,
+                "], got ", hadamard.scalar_type(), " ", hadamard.sizes());
+    args.hadamard = hadamard.const_data_ptr<float>();
+  }
+}
+
+void set_cache(const at::Tensor& arena, int64_t layer, int64_t num_kv_heads, DecodeArgs& args) {
+  TORCH_CHECK(arena.dim() == 4 && arena.is_contiguous(),
+              "arena: expected contiguous [blocks, layers * kv_heads, block_size, 2 * head_size], "
+              "got ",
+              arena.sizes(), " with strides ", arena.strides());
+  TORCH_CHECK(num_kv_heads > 0 && arena.size(1) % num_kv_heads == 0, "num_kv_heads: ", num_kv_heads,
+              " does not divide the arena's ", arena.size(1), " pages per block");
+  TORCH_CHECK(layer >= 0 && (layer + 1) * num_kv_heads <= arena.size(1), "layer: ", layer, " of ",
+              arena.size(1) / num_kv_heads);
+  const int64_t head_size = arena.size(3) / 2;
+  TORCH_CHECK(arena.size(3) % 16 == 0 && head_size <= 512, "arena: head size ", head_size,
+              "; expected a multiple of 8 up to 512");
+  args.cache_type = element_of(arena, "arena");
+  args.num_blocks = arena.size(0);
+  args.pages_per_block = arena.size(1);
+  args.block_size = static_cast<int32_t>(arena.size(2));
+  args.head_size = static_cast<int32_t>(head_size);
+  args.page_bytes = arena.size(2) * arena.size(3) * arena.element_size();
+  args.arena = static_cast<const uint8_t*>(arena.const_data_ptr());
+  args.arena_end = args.arena + arena.nbytes();
+  args.num_kv_heads = static_cast<int32_t>(num_kv_heads);
+  args.layer = static_cast<int32_t>(layer);
+}
+
+void set_requests(const at::Tensor& block_table, const at::Tensor& query_rows,
+                  const at::Tensor& lengths, const at::Tensor& leases, DecodeArgs& args) {
+  check_int32(block_table, "block_table", 2);
+  check_int32(query_rows, "query_rows", 1);
+  check_int32(lengths, "lengths", 1);
+  check_int32(leases, "leases", 2);
+  TORCH_CHECK(query_rows.size(0) == args.num_queries, "query_rows: expected [", args.num_queries,
+              "], got ", query_rows.sizes());
+  TORCH_CHECK(lengths.size(0) == args.num_queries, "lengths: expected [", args.num_queries,
+              "], got ", lengths.sizes());
+  args.num_rows = block_table.size(0);
+  TORCH_CHECK(leases.size(0) >= args.num_rows && leases.size(1) == 2 && leases.is_contiguous(),
+              "leases: expected contiguous [", args.num_rows, ", 2], got ", leases.sizes());
+  args.max_blocks = block_table.size(1);
+  args.block_table = block_table.const_data_ptr<int32_t>();
+  args.block_table_stride = block_table.stride(0);
+  args.query_rows = query_rows.const_data_ptr<int32_t>();
+  args.lengths = lengths.const_data_ptr<int32_t>();
+  args.leases = leases.const_data_ptr<int32_t>();
+}
+
+void mixed_decode(const at::Tensor& query, const at::Tensor& arena, int64_t layer,
+                  int64_t num_kv_heads, const at::Tensor& block_table, const at::Tensor& query_rows,
+                  const at::Tensor& lengths, const at::Tensor& leases, const at::Tensor& formats,
+                  const at::Tensor& basis_k, const at::Tensor& basis_v, const at::Tensor& hadamard,
+                  int64_t basis_first_page, int64_t basis_pages_per_head, int64_t prompt_basis_rank,
+                  double scale, at::Tensor& output, const std::optional<at::Tensor>& lse) {
+  DecodeArgs args{};
+  set_cache(arena, layer, num_kv_heads, args);
+  args.query = rows_view(query, "query");
+  args.output = rows_view(output, "output");
+  TORCH_CHECK(query.size(2) == args.head_size && query.size(1) % num_kv_heads == 0,
+              "query: ", query.sizes(), " does not fit ", num_kv_heads, " KV heads of size ",
+              args.head_size);
+  TORCH_CHECK(output.sizes() == query.sizes(), "output: expected ", query.sizes(), ", got ",
+              output.sizes());
+  args.num_queries = query.size(0);
+  args.group = static_cast<int32_t>(query.size(1) / num_kv_heads);
+  args.scale = static_cast<float>(scale);
+  set_requests(block_table, query_rows, lengths, leases, args);
+  set_formats(formats, 8 * arena.element_size(), args);
+  set_basis(basis_k, basis_v, hadamard, basis_first_page, basis_pages_per_head, prompt_basis_rank,
+            args);
+  if (lse.has_value()) {
+    TORCH_CHECK(lse->scalar_type() == at::kFloat && lse->is_contiguous() && lse->dim() == 2 &&
+                    lse->size(0) == query.size(0) && lse->size(1) == query.size(1),
+                "lse: expected contiguous float32 [", query.size(0), ", ", query.size(1), "], got ",
+                lse->scalar_type(), " ", lse->sizes());
+    args.lse = lse->data_ptr<float>();
+  }
+  run_decode(args, machine_kernels());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mdkv, CPU, m) { m.impl("mixed_decode", &mixed_decode); }
+
+}  // namespace mdkv

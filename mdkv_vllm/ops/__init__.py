@@ -1,0 +1,1 @@
+"""One torch operator per kernel; see :mod:`mdkv_vllm.ops.cpu`."""

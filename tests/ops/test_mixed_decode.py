@@ -1,0 +1,371 @@
+"""The decode kernel against the float64 reference, on random ragged leases."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from mdkv_vllm.core import reference
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.formats import PageGeometry, parse_formats
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.packing import pack_list
+from mdkv_vllm.ops import cpu
+
+POISON = 0xFF
+"""Fills what no kernel may use; a NaN in every element type and in every scale."""
+
+TOLERANCE = {torch.float32: 3e-4, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+"""Relative error by output type. Codes may be scored and summed with 15-bit weights."""
+
+
+@dataclass
+class Model:
+    """Sizes of a test model."""
+
+    names: tuple[str, ...] = ("i4", "i8", "full")
+    head_size: int = 64
+    group: int = 3
+    kv_heads: int = 2
+    layers: int = 2
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    query_dtype: torch.dtype = torch.float32
+    prompt_basis_rank: int = 0
+
+    def layout(self) -> LeaseLayout:
+        geometry = PageGeometry(self.block_size, self.head_size, self.dtype)
+        formats = parse_formats(self.names, geometry)
+        return LeaseLayout(geometry, formats, self.layers, self.kv_heads, self.prompt_basis_rank)
+
+
+@dataclass
+class Request:
+    """One block-table row: lease and tail. No lease where lease_blocks is 0."""
+
+    lease_blocks: int
+    tail_tokens: int
+    freed_blocks: int = 3
+    fill: float = 0.9
+    """Share of the lists' pages in use; 0 leaves every list empty."""
+
+
+class Case:
+    """A cache with some requests in it, poisoned wherever nothing was written."""
+
+    def __init__(self, model: Model, requests: list[Request], seed: int = 0):
+        self.model, self.layout = model, model.layout()
+        self.gen = torch.Generator().manual_seed(seed)
+        rank = self.layout.formats.basis_rank
+        shape = (model.layers, model.kv_heads, model.head_size, model.head_size)
+        self.basis = Basis(
+            *(torch.linalg.qr(self.randn(*shape))[0][..., :rank].contiguous() for _ in range(2))
+        )
+        entries = [
+            (r.freed_blocks if r.lease_blocks else 0)
+            + r.lease_blocks
+            + -(-r.tail_tokens // model.block_size)
+            for r in requests
+        ]
+        num_blocks = sum(entries) + 1
+        pages = self.layout.pages_per_block
+        self.arena = torch.full(
+            (num_blocks, pages, self.layout.geometry.page_bytes), POISON, dtype=torch.uint8
+        ).view(model.dtype)
+        self.arena = self.arena.view(num_blocks, pages, model.block_size, 2 * model.head_size)
+        free = torch.randperm(num_blocks, generator=self.gen).tolist()
+        self.block_table = torch.full((len(requests), max([*entries, 1])), -1, dtype=torch.int32)
+        self.leases = torch.zeros(len(requests), 2, dtype=torch.int32)
+        self.totals = []
+        for row, request in enumerate(requests):
+            self.add_request(row, request, free)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.gen)
+
+    def add_request(self, row: int, request: Request, free: list[int]) -> None:
+        model = self.model
+        first = request.freed_blocks if request.lease_blocks else 0
+        tail = first + request.lease_blocks
+        tail_blocks = -(-request.tail_tokens // model.block_size)
+        taken = [free.pop() for _ in range(request.lease_blocks + tail_blocks)]
+        self.block_table[row, first : first + len(taken)] = torch.tensor(taken, dtype=torch.int32)
+        for t in range(request.tail_tokens):
+            block = taken[request.lease_blocks + t // model.block_size]
+            slot = self.randn(self.layout.pages_per_block, 2 * model.head_size)
+            self.arena[block, :, t % model.block_size] = slot.to(model.dtype)
+        self.totals.append(tail * model.block_size + request.tail_tokens)
+        if request.lease_blocks:
+            self.leases[row] = torch.tensor([first, tail])
+            self.fill_lease(taken[: request.lease_blocks], request.fill)
+
+    def fill_lease(self, blocks: list[int], fill: float) -> None:
+        layout = self.layout
+        pages = torch.full(
+            (len(blocks) * layout.pages_per_block, layout.geometry.page_bytes),
+            POISON,
+            dtype=torch.uint8,
+        )
+        lists = layout.list_pages(len(blocks))
+        capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+        share = torch.rand(layout.table_shape[:3], generator=self.gen)
+        share[torch.rand(share.shape, generator=self.gen) < 0.15] = 0  # some empty lists
+        page_counts = (share / share.sum().clamp_min(1e-9) * lists * fill).floor()
+        last = torch.rand(share.shape, generator=self.gen)
+        tokens = ((page_counts - last).clamp_min(0) * capacity).ceil().long()
+        table = layout.page_table(tokens)
+        raw = table.contiguous().view(torch.uint8).flatten()
+        pages.view(-1)[: raw.numel()] = raw
+        if layout.prompt_basis_rank:
+            self.write_prompt_basis(pages)
+        for layer, head, column in torch.cartesian_prod(
+            *(torch.arange(n) for n in layout.table_shape[:3])
+        ).tolist():
+            fmt, count = layout.formats.formats[column], int(tokens[layer, head, column])
+            at = int(table[layer, head, column, 1])
+            keys, values = self.randn(count, fmt.rank), self.randn(count, fmt.rank)
+            pages[at : at + fmt.pages(count)] = pack_list(keys, values, fmt, layout.geometry)
+        shaped = pages.view(self.model.dtype).view(len(blocks), *self.arena.shape[1:])
+        self.arena[blocks] = shaped
+
+    def write_prompt_basis(self, pages: torch.Tensor) -> None:
+        layout, model = self.layout, self.model
+        per_head, rank = layout.basis_pages_per_head, layout.prompt_basis_rank
+        for pair in range(layout.pages_per_block):
+            square = self.randn(2, model.head_size, model.head_size)
+            rows = torch.linalg.qr(square)[0][..., :rank].transpose(-1, -2)
+            raw = rows.to(model.dtype).contiguous().view(torch.uint8).flatten()
+            first = layout.basis_first_page + pair * per_head
+            pages[first : first + per_head].view(-1)[: raw.numel()] = raw
+
+    def check(self, rows: list[int], lengths: list[int], layer: int = 1) -> None:
+        """Compare kernel and reference for queries of some rows and lengths."""
+        model = self.model
+        heads = model.kv_heads * model.group
+        query = self.randn(len(rows), heads, model.head_size).to(model.query_dtype)
+        query_rows = torch.tensor(rows, dtype=torch.int32)
+        query_lengths = torch.tensor(lengths, dtype=torch.int32)
+        output = torch.full((len(rows), heads + 1, model.head_size), torch.nan).to(query.dtype)
+        output = output[:, 1:]  # strided rows
+        lse = torch.full((len(rows), heads), torch.nan)
+        scale = model.head_size**-0.5
+        calibrated = None if model.prompt_basis_rank else self.basis
+        tables = cpu.DecodeTables.build(self.layout, calibrated)
+        before = self.arena.view(torch.uint8).clone()
+        cpu.mixed_decode(
+            query,
+            self.arena,
+            layer,
+            tables,
+            self.block_table,
+            query_rows,
+            query_lengths,
+            self.leases,
+            scale,
+            output,
+            lse,
+        )
+        assert torch.equal(before, self.arena.view(torch.uint8))
+        leases = self.leases.clone()
+        expected, expected_lse = reference.mixed_decode(
+            query.double(),
+            self.arena,
+            layer,
+            self.layout,
+            self.block_table,
+            query_rows,
+            query_lengths,
+            leases,
+            calibrated,
+            scale,
+        )
+        error = (output.double() - expected).norm(dim=-1)
+        bound = TOLERANCE[query.dtype] * expected.norm(dim=-1) + 1e-6
+        assert (error <= bound).all(), (error / expected.norm(dim=-1)).max()
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=2e-4)
+
+
+def ragged(lease_blocks: int) -> list[Request]:
+    return [
+        Request(lease_blocks, 37),
+        Request(0, 70),
+        Request(lease_blocks + 2, 1, freed_blocks=0),
+        Request(lease_blocks, 16, fill=0.4),
+        Request(0, 1),
+    ]
+
+
+def run_ragged(model: Model, seed: int = 0) -> None:
+    layout = model.layout()
+    case = Case(model, ragged(layout.min_blocks + 5), seed)
+    rows = [0, 1, 2, 3, 4, 0, 1, 1]
+    totals = [case.totals[row] for row in rows]
+    totals[5] -= 5  # several queries of a row, of different lengths
+    totals[6] -= 33
+    totals[7] = 1
+    case.check(rows, totals)
+
+
+EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", EVERY_FORMAT)
+def test_single_format(name: str, dtype: torch.dtype):
+    run_ragged(Model(names=(name,), dtype=dtype))
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 112, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_head_sizes_and_groups(head_size: int, group: int):
+    names = ("r16", "i8", "i4", "i2", "full") + (("r32i8",) if head_size > 32 else ())
+    run_ragged(Model(names=names, head_size=head_size, group=group), seed=head_size + group)
+
+
+@pytest.mark.parametrize("group", [2, 5, 7, 16, 17])
+def test_odd_groups(group: int):
+    run_ragged(Model(names=EVERY_FORMAT, group=group, kv_heads=1))
+
+
+@pytest.mark.parametrize("head_size", [8, 40, 72, 512])
+def test_unusual_head_sizes(head_size: int):
+    names = ("r4", "i8", "i4", "i2", "full")
+    run_ragged(Model(names=names, head_size=head_size, kv_heads=1), seed=head_size)
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 48, 128])
+def test_block_sizes(block_size: int):
+    run_ragged(Model(names=EVERY_FORMAT, block_size=block_size))
+
+
+@pytest.mark.parametrize("query_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype, query_dtype: torch.dtype):
+    run_ragged(Model(names=EVERY_FORMAT, dtype=dtype, query_dtype=query_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompt_basis(dtype: torch.dtype):
+    names = ("r8", "r24", "r16i4", "full")
+    run_ragged(Model(names=names, dtype=dtype, prompt_basis_rank=24, block_size=8))
+
+
+@pytest.mark.parametrize("names", [("r4", "r4i2", "r8i4"), ("r60", "r12i8"), ("r32", "r48i2")])
+def test_ranks(names: tuple[str, ...]):
+    run_ragged(Model(names=names, group=4))
+
+
+def test_empty_lists():
+    case = Case(Model(), [Request(4, 1, fill=0.0), Request(4, 20, fill=0.0)])
+    case.check([0, 1], case.totals)
+
+
+def test_lease_without_tail():
+    case = Case(Model(), [Request(6, 0)])
+    case.check([0], case.totals)
+
+
+def test_no_lease_at_all():
+    case = Case(Model(names=("full",)), [Request(0, n) for n in (1, 15, 16, 17, 300)])
+    case.check([0, 1, 2, 3, 4], case.totals)
+
+
+def test_long_request_is_split_over_threads():
+    model = Model(names=EVERY_FORMAT, kv_heads=1, layers=2)
+    case = Case(model, [Request(300, 300), Request(0, 900), Request(3, 5)])
+    rows = [0, 1, 2]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            case.check(rows, case.totals)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_large_scores_do_not_overflow():
+    case = Case(Model(query_dtype=torch.float32), [Request(8, 50)])
+    case.arena[case.block_table[0, -1].long(), :, :2] *= 60
+    case.check([0], case.totals)
+
+
+def decode_nothing(case: Case, **changes: torch.Tensor | int | float) -> torch.Tensor:
+    """Call the operator for one query, with some arguments replaced."""
+    model = case.model
+    output = torch.full((1, model.kv_heads * model.group, model.head_size), torch.nan)
+    arguments = {
+        "query": torch.ones_like(output),
+        "arena": case.arena,
+        "layer": 0,
+        "tables": cpu.DecodeTables.build(case.layout, case.basis),
+        "block_table": case.block_table,
+        "query_rows": torch.zeros(1, dtype=torch.int32),
+        "lengths": torch.tensor(case.totals[:1], dtype=torch.int32),
+        "leases": case.leases,
+        "scale": 1.0,
+        "output": output,
+        "lse": torch.full(output.shape[:2], torch.nan),
+    } | changes
+    cpu.mixed_decode(**arguments)
+    if arguments["lengths"][0] == 0:
+        assert (arguments["lse"] == -torch.inf).all()
+    return arguments["output"]
+
+
+def test_length_zero_gives_zeros():
+    case = Case(Model(), [Request(4, 5)])
+    output = decode_nothing(case, lengths=torch.zeros(1, dtype=torch.int32))
+    assert (output == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("query", torch.zeros(1, 6, 32)),
+        ("query_rows", torch.ones(1, dtype=torch.int32)),
+        ("lengths", torch.zeros(1, dtype=torch.int64)),
+        ("lengths", torch.full((1,), 10**6, dtype=torch.int32)),
+        ("leases", torch.zeros(1, 3, dtype=torch.int32)),
+        ("leases", torch.tensor([[5, 4]], dtype=torch.int32)),
+        ("block_table", torch.full((1, 20), 10**6, dtype=torch.int32)),
+        ("block_table", torch.full((1, 20), -1, dtype=torch.int32)),
+        ("lse", torch.zeros(6)),
+        ("output", torch.zeros(1, 6, 63)),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, value: torch.Tensor | int):
+    case = Case(Model(), [Request(4, 5)])
+    named = "block_table" if name == "lengths" and value.dtype == torch.int32 else name
+    with pytest.raises(RuntimeError, match=named):
+        decode_nothing(case, **{name: value})
+
+
+def test_corrupt_page_table_is_refused():
+    case = Case(Model(), [Request(4, 5)])
+    first = case.block_table[0, case.leases[0, 0]].long()
+    case.arena[first].view(torch.uint8).view(-1)[:8] = 0x7F
+    with pytest.raises(RuntimeError, match="page table of row 0"):
+        decode_nothing(case)
+
+
+@pytest.mark.skipif("MDKV_CPU_ISA" in os.environ, reason="already one of them")
+@pytest.mark.parametrize("isa", [i for i in ("avx2", "portable") if i in cpu.cpu_isas()])
+def test_narrower_instruction_sets(isa: str):
+    """The same tests again with the other kernels, which a process chooses once."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", *_op_tests()],
+        env=os.environ | {"MDKV_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def _op_tests() -> list[str]:
+    folder = os.path.dirname(__file__)
+    names = ("test_mixed_decode.py", "test_store_load.py", "test_pack_pages.py")
+    return [os.path.join(folder, name) for name in names]

@@ -56,8 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.set_defaults(run=_calibrate)
 
-    demo = commands.add_parser("demo", help="ask a running server about a long document")
-    demo.add_argument("--url", default="http://127.0.0.1:8000", help="the server's address")
+    demo = commands.add_parser("demo", help="ask a server about a long document")
+    demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")
+    demo.add_argument(
+        "--port", type=int, default=8000, help="this machine's server (default: %(default)s)"
+    )
     demo.set_defaults(run=_demo)
     return parser
 
@@ -65,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 def _prepare_model(options: argparse.Namespace) -> None:
     from mdkv_vllm.models.smollm2 import prepare_smollm2
 
-    prepare_smollm2(options.out, progress=lambda *step: console.print(*step))
+    prepare_smollm2(options.out, progress=console.print)
 
 
 def _calibrate(options: argparse.Namespace) -> None:
@@ -80,7 +83,7 @@ def _calibrate(options: argparse.Namespace) -> None:
 def _demo(options: argparse.Namespace) -> int:
     from mdkv_vllm.demo import run_demo
 
-    return run_demo(options.url, Console())
+    return run_demo(options.url, options.port, Console())
 
 
 if __name__ == "__main__":

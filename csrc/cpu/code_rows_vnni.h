@@ -6,45 +6,12 @@
 #pragma once
 
 #include "group_blocks.h"
-#include "integer_weights.h"
+#include "prefetch.h"
+#include "row_interleave.h"
 
 namespace mdkv {
 namespace MDKV_ISA {
 namespace {
-
-// Puts the bytes of four rows that belong to one position side by side.
-class RowInterleave {
- public:
-  explicit RowInterleave(int64_t row_bytes) : row_bytes_(row_bytes), packed_(row_bytes <= 16) {
-    alignas(64) uint8_t index[64];
-    for (int i = 0; i < 64; ++i) {
-      index[i] = static_cast<uint8_t>((i & 3) * (packed_ ? row_bytes : 16) + (i >> 2));
-    }
-    index_ = _mm512_load_si512(index);
-  }
-
-  template <bool kPacked>
-  MDKV_INLINE __m512i load(const uint8_t* row) const {
-    __m512i rows;
-    if constexpr (kPacked) {
-      rows = _mm512_loadu_si512(row);
-    } else {
-      const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(load128(row)),
-                                                  load128(row + row_bytes_), 1);
-      const __m256i high = _mm256_inserti128_si256(
-          _mm256_castsi128_si256(load128(row + 2 * row_bytes_)), load128(row + 3 * row_bytes_), 1);
-      rows = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    }
-    return _mm512_permutexvar_epi8(index_, rows);
-  }
-  bool packed() const { return packed_; }
-  int64_t row_bytes() const { return row_bytes_; }
-
- private:
-  int64_t row_bytes_;
-  bool packed_;
-  __m512i index_;
-};
 
 MDKV_INLINE __m512i broadcast4(const int8_t* p) {
   int32_t four;
@@ -52,40 +19,85 @@ MDKV_INLINE __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
-template <int kBits>
+// Sums of kGroup query heads over two vectors: 32 positions of whole bytes, or 16 positions of two
+// neighbouring fields. More would not stay in registers.
+template <int kBits, int kBlocks, int kGroup>
 struct CodeSums {
-  static constexpr int kFields = 8 / kBits;
-  static constexpr int kMaxHeads = kBits == 2 ? 3 : 4;
-};
+  static constexpr int kFields = kBits == 8 ? 1 : 2;
+  static constexpr int kVectors = kBlocks * kFields;
 
-// high[g][field] += sums over `count` rows (weights beyond are zero) at 16 positions.
-template <int kBits, bool kPacked, int kGroup>
-MDKV_INLINE void add_code_rows(__m512i (&high)[kGroup][8 / kBits],
-                               __m512i (&low)[kGroup][8 / kBits], const RowInterleave& interleave,
-                               const uint8_t* row, int count, const int8_t* weights_high,
-                               const int8_t* weights_low, int64_t weights_stride) {
-  for (int r = 0; r < count; r += 4, row += 4 * interleave.row_bytes()) {
-    const __m512i bytes = interleave.load<kPacked>(row);
-    for (int field = 0; field < 8 / kBits; ++field) {
-      const __m512i codes =
-          kBits == 8 ? bytes
-                     : _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(
-                                                   ((1 << kBits) - 1) << (field * kBits))));
+  int first_field;
+  __m512i high[kGroup][kVectors] = {};
+  __m512i low[kGroup][kVectors] = {};
+
+  explicit MDKV_INLINE CodeSums(int field) : first_field(field) {}
+
+  // Adds `count` rows; weights up to the next multiple of four must be zero.
+  template <RowSpread kSpread>
+  MDKV_INLINE void add(const RowInterleave<kSpread, kBlocks>& interleave, const uint8_t* row,
+                       int count, const int8_t* weights_high, const int8_t* weights_low,
+                       int64_t weights_stride, Prefetcher& prefetcher) {
+    const __m512i mask = field_mask(first_field), next_mask = field_mask(first_field + 1);
+    for (int r = 0; r < count; r += 4, row += 4 * interleave.row_bytes()) {
+      prefetcher.step(kBlocks);
+      __m512i codes[2];
+      interleave.load(row, codes);
+      if constexpr (kFields == 2) {
+        codes[1] = _mm512_and_si512(codes[0], next_mask);
+        codes[0] = _mm512_and_si512(codes[0], mask);
+      }
       for (int g = 0; g < kGroup; ++g) {
-        const int64_t at = g * weights_stride + r;
-        high[g][field] = _mm512_dpbusd_epi32(high[g][field], codes, broadcast4(weights_high + at));
-        low[g][field] = _mm512_dpbusd_epi32(low[g][field], codes, broadcast4(weights_low + at));
+        const __m512i upper = broadcast4(weights_high + g * weights_stride + r);
+        const __m512i lower = broadcast4(weights_low + g * weights_stride + r);
+        for (int v = 0; v < kVectors; ++v) {
+          high[g][v] = _mm512_dpbusd_epi32(high[g][v], codes[v], upper);
+          low[g][v] = _mm512_dpbusd_epi32(low[g][v], codes[v], lower);
+        }
       }
     }
   }
-}
 
-// The sums as floats, in units of a weight's step times a code.
-template <int kBits>
-MDKV_INLINE __m512 combine(__m512i high, __m512i low, int field) {
-  const float unit = 1.0f / static_cast<float>(1 << (field * kBits));
-  return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high), _mm512_set1_ps(256.0f * unit),
-                         _mm512_mul_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(unit)));
+  // Calls body(vector, block, field) for each vector that starts within a row's bytes.
+  template <typename Body>
+  MDKV_INLINE void for_vectors(int bytes_left, Body body) const {
+    for (int block = 0; block < kBlocks && 16 * block < bytes_left; ++block) {
+      for (int field = 0; field < kFields; ++field) {
+        body(block * kFields + field, block, first_field + field);
+      }
+    }
+  }
+
+  // A vector of sums in units of a weight's step times a code.
+  MDKV_INLINE __m512 total(int g, int vector, int field) const {
+    const float unit = 1.0f / static_cast<float>(1 << (field * (kBits % 8)));
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(high[g][vector]), _mm512_set1_ps(256.0f * unit),
+                           _mm512_mul_ps(_mm512_cvtepi32_ps(low[g][vector]), _mm512_set1_ps(unit)));
+  }
+
+ private:
+  MDKV_INLINE static __m512i field_mask(int field) {
+    return _mm512_set1_epi8(static_cast<char>(((1 << kBits) - 1) << (field * (kBits % 8))));
+  }
+};
+
+// Calls body(interleave, Int<heads>, first head, Int<blocks>, first field) with what suits rows of
+// that length, for every head and field.
+template <int kBits, typename Body>
+MDKV_INLINE void for_code_blocks(int64_t row_bytes, int group, Body body) {
+  const auto for_heads = [&](auto interleave, auto blocks) {
+    for (int field = 0; field < 8 / kBits; field += 2) {
+      for_blocks<4>(group, [&](auto heads, int g0) { body(interleave, heads, g0, blocks, field); });
+    }
+  };
+  constexpr int kBlocks = kBits == 8 ? 2 : 1;
+  switch (row_spread(row_bytes)) {
+    case RowSpread::kFour:
+      return for_heads(RowInterleave<RowSpread::kFour, 1>(row_bytes), Int<1>{});
+    case RowSpread::kTwo:
+      return for_heads(RowInterleave<RowSpread::kTwo, kBlocks>(row_bytes), Int<kBlocks>{});
+    case RowSpread::kOne:
+      return for_heads(RowInterleave<RowSpread::kOne, kBlocks>(row_bytes), Int<kBlocks>{});
+  }
 }
 
 }  // namespace

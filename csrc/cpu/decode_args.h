@@ -125,4 +125,10 @@ struct Unit {
   List lists[kMaxFormats];
 };
 
+// Pages [begin, end) of a unit; no unit where there are none.
+struct PageRun {
+  const Unit* unit;
+  int64_t begin, end;
+};
+
 }  // namespace mdkv

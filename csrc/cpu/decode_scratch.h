@@ -88,10 +88,11 @@ struct TileScratch {
   float* weights;     // [group, tokens]: scores, then softmax weights
   int8_t* high;       // [group, tokens]
   int8_t* low;        // [group, tokens]
+  float* largest;     // [group]: of the weights
   float* step;        // [group]
   float* weight_sum;  // [group]
   float* basis;       // [rank, head_size]: the prompt basis as floats
-  uint8_t* copies;    // pages too near the end of the arena to be over-read
+  uint8_t* copies;    // two tiles' pages that are too near the end of the arena to be over-read
   int64_t tokens;
 
   MDKV_INLINE static TileScratch carve(const DecodeArgs& args, Carver& carver) {
@@ -104,11 +105,12 @@ struct TileScratch {
     s.weights = carver.take<float>(args.group * s.tokens);
     s.high = carver.take<int8_t>(args.group * s.tokens);
     s.low = carver.take<int8_t>(args.group * s.tokens);
+    s.largest = carver.take<float>(args.group);
     s.step = carver.take<float>(args.group);
     s.weight_sum = carver.take<float>(args.group);
     s.basis = carver.take<float>(
         args.prompt_basis ? int64_t{args.basis_rank} * args.head_size + kLanes : 0);
-    s.copies = carver.take<uint8_t>(copies_needed(args) * copy_bytes(args));
+    s.copies = carver.take<uint8_t>(2 * copies_needed(args) * copy_bytes(args));
     return s;
   }
   MDKV_INLINE static int64_t copies_needed(const DecodeArgs& args) {

@@ -12,11 +12,11 @@ namespace {
 // Scores of token-major keys.
 template <typename E>
 inline void score_full(const DecodeArgs& args, const Tile& tile, const SpaceQuery& query,
-                       TileScratch& scratch) {
+                       TileScratch& scratch, Prefetcher& prefetcher) {
   const int64_t slot_bytes = 2 * args.head_size * int64_t{sizeof(E)};
   for (int i = 0; i < tile.num_pages; ++i) {
     dot_rows<E>(tile.page[i], slot_bytes, tile.count[i], query.exact, query.width, args.head_size,
-                args.group, scratch.weights + i * tile.stride, scratch.tokens);
+                args.group, scratch.weights + i * tile.stride, scratch.tokens, prefetcher);
   }
 }
 
@@ -24,8 +24,9 @@ inline void score_full(const DecodeArgs& args, const Tile& tile, const SpaceQuer
 //
 // row_bytes: of one dimension. zero_dot: [group], for codes. key_scales: offset in a page.
 template <typename Reader>
-inline void score_rows(const DecodeArgs& args, const Format& format, const Tile& tile,
-                       const SpaceQuery& query, const float* zero_dot, TileScratch& scratch) {
+inline void score_rows(const DecodeArgs& args, const Tile& tile, const SpaceQuery& query,
+                       const float* zero_dot, TileScratch& scratch, Prefetcher& prefetcher) {
+  const Format& format = *tile.format;
   const int run = format.tokens_per_page / Reader::kFields;
   const int64_t row_bytes = format.section_bytes / format.rank;
   for (int i = 0; i < tile.num_pages; ++i) {
@@ -40,7 +41,7 @@ inline void score_rows(const DecodeArgs& args, const Format& format, const Tile&
             for (int v = 0; v < kVectors; ++v) acc[g][v] = set1(0.0f);
           }
           add_rows<Reader>(acc, page, row_bytes, format.rank, position, field,
-                           query.exact + g0 * query.width, query.width);
+                           query.exact + g0 * query.width, query.width, prefetcher);
           for (int v = 0; v < kVectors; ++v) {
             const int offset = position + v * kWidth, token = field * run + offset;
             const int lanes = run - offset;
@@ -64,7 +65,8 @@ inline void score_rows(const DecodeArgs& args, const Format& format, const Tile&
 // offset: of the first value row in a page. out: [group, out_stride], `width` values of it.
 template <typename Reader>
 inline void add_values(const Tile& tile, int64_t offset, int64_t row_bytes, int width, int group,
-                       bool centred, const TileScratch& scratch, float* out, int64_t out_stride) {
+                       bool centred, const TileScratch& scratch, float* out, int64_t out_stride,
+                       Prefetcher& prefetcher) {
   const int run = width / Reader::kFields;
   for (int field = 0; field < Reader::kFields; ++field) {
     for_positions(run, [&](auto vectors, int position) {
@@ -78,7 +80,8 @@ inline void add_values(const Tile& tile, int64_t offset, int64_t row_bytes, int 
         }
         for (int i = 0; i < tile.num_pages; ++i) {
           add_rows<Reader>(acc, tile.page[i] + offset, row_bytes, tile.count[i], position, field,
-                           scratch.weights + g0 * scratch.tokens + i * tile.stride, scratch.tokens);
+                           scratch.weights + g0 * scratch.tokens + i * tile.stride, scratch.tokens,
+                           prefetcher);
         }
         for (int g = 0; g < kGroup; ++g) {
           for (int v = 0; v < kVectors; ++v) {

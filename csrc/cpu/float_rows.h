@@ -5,6 +5,7 @@
 #pragma once
 
 #include "group_blocks.h"
+#include "prefetch.h"
 
 namespace mdkv {
 namespace MDKV_ISA {
@@ -14,6 +15,7 @@ namespace {
 template <typename E>
 struct Elements {
   static constexpr bool kCodes = false;
+  static constexpr int kVectorBytes = kWidth * sizeof(E);
   static constexpr int kFields = 1;
   MDKV_INLINE static Vec at(const uint8_t* row, int position, int) {
     return load_elements(reinterpret_cast<const E*>(row) + position);
@@ -22,6 +24,7 @@ struct Elements {
 template <int kBits>
 struct Codes {
   static constexpr bool kCodes = true;
+  static constexpr int kVectorBytes = kWidth;
   static constexpr int kFields = 8 / kBits;
   MDKV_INLINE static Vec at(const uint8_t* row, int position, int field) {
     return load_codes<kBits>(row + position, field);
@@ -31,8 +34,10 @@ struct Codes {
 template <typename Reader, int kGroup, int kVectors>
 MDKV_INLINE void add_rows(Vec (&acc)[kGroup][kVectors], const uint8_t* row, int64_t stride,
                           int count, int position, int field, const float* weights,
-                          int64_t weights_stride) {
+                          int64_t weights_stride, Prefetcher& prefetcher) {
+  constexpr int kLines = (kVectors * Reader::kVectorBytes + 63) / 64;
   for (int r = 0; r < count; ++r, row += stride) {
+    prefetcher.step(kLines);
     Vec x[kVectors];
     for (int v = 0; v < kVectors; ++v) x[v] = Reader::at(row, position + v * kWidth, field);
     for (int g = 0; g < kGroup; ++g) {
@@ -54,6 +59,7 @@ MDKV_INLINE void for_positions(int width, Body body) {
 inline void add_product(const float* matrix, int rows, int columns, const float* coefficients,
                         int64_t coefficients_stride, int group, float* out, int64_t out_stride) {
   const int whole = columns / kWidth * kWidth;
+  Prefetcher none(nullptr, nullptr, 0);
   for_positions(whole, [&](auto vectors, int position) {
     for_blocks<kMaxGroup>(group, [&](auto heads, int g0) {
       constexpr int kGroup = decltype(heads)::value, kVectors = decltype(vectors)::value;
@@ -65,7 +71,7 @@ inline void add_product(const float* matrix, int rows, int columns, const float*
       }
       add_rows<Elements<float>>(acc, reinterpret_cast<const uint8_t*>(matrix),
                                 columns * int64_t{sizeof(float)}, rows, position, 0,
-                                coefficients + g0 * coefficients_stride, coefficients_stride);
+                                coefficients + g0 * coefficients_stride, coefficients_stride, none);
       for (int g = 0; g < kGroup; ++g) {
         for (int v = 0; v < kVectors; ++v) {
           store(out + (g0 + g) * out_stride + position + v * kWidth, acc[g][v]);

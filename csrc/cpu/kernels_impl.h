@@ -2,15 +2,17 @@
 #include "attend.h"
 #include "finish.h"
 #include "kernels.h"
+#include "loss_sums.h"
 #include "pack.h"
 #include "prepare.h"
+#include "read_back.h"
 
 namespace mdkv {
 namespace MDKV_ISA {
 namespace {
 
-void attend(const DecodeArgs& args, const Unit& unit, const Prepared& prepared, int64_t begin,
-            int64_t end, TileScratch& scratch, Partial& partial) {
+void attend(const DecodeArgs& args, const PageRun& run, const PageRun& next,
+            const Prepared& prepared, TileScratch& scratch, Partial& partial) {
   for (int g = 0; g < args.group; ++g) {
     partial.max[g] = kMinusInfinity;
     partial.sum[g] = 0.0f;
@@ -19,11 +21,11 @@ void attend(const DecodeArgs& args, const Unit& unit, const Prepared& prepared, 
     clear(partial.out[space], args.group * partial.width[space]);
   }
   if (args.cache_type == Element::kFloat32) {
-    Attention<float>(args, unit, prepared, scratch, partial).run(begin, end);
+    Attention<float>(args, prepared, scratch, partial).run(run, next);
   } else if (args.cache_type == Element::kBFloat16) {
-    Attention<BFloat16>(args, unit, prepared, scratch, partial).run(begin, end);
+    Attention<BFloat16>(args, prepared, scratch, partial).run(run, next);
   } else {
-    Attention<Half>(args, unit, prepared, scratch, partial).run(begin, end);
+    Attention<Half>(args, prepared, scratch, partial).run(run, next);
   }
 }
 

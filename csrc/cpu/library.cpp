@@ -18,6 +18,16 @@ TORCH_LIBRARY(mdkv, m) {
       "pack_pages(Tensor keys, Tensor values, Tensor counts, int rank, int bits, "
       "int tokens_per_page, Tensor(a!) pages, *, ScalarType element=float32, "
       "bool token_major=False) -> ()");
+  m.def("round_trip(Tensor keys, Tensor values, int bits) -> (Tensor, Tensor)");
+  m.def(
+      "loss_sums(Tensor queries, Tensor keys, Tensor[] candidate_queries, "
+      "Tensor[] candidate_keys, int span, int group, float scale, bool together) -> Tensor");
+  m.def(
+      "allocate(Tensor losses, Tensor tokens_per_page, bool drop, int num_pages) "
+      "-> (Tensor choice, Tensor tokens, float objective, float lower_bound)");
+  m.def(
+      "pack_layer(Tensor[] keys, Tensor[] values, Tensor formats, Tensor choice, "
+      "Tensor(a!) pages, ScalarType element) -> int");
   m.def("cpu_isas() -> str[]", &mdkv::available_isas);
 }
 

@@ -55,9 +55,10 @@ inline void prepare_codes(const DecodeArgs& args, const Unit& unit, Prepared& pr
     const SpaceQuery& query = prepared.spaces[static_cast<int>(rotation)];
     for (int g = 0; g < args.group; ++g) {
       const int64_t at = g * query.width;
-      float sum;
-      query.step[g] =
-          split_weights(query.exact + at, query.width, query.high + at, query.low + at, &sum);
+      const float largest = largest_weight(query.exact + at, query.width);
+      split_weights(query.exact + at, query.width, inverse_step(largest), query.high + at,
+                    query.low + at);
+      query.step[g] = largest / kLargestWeight;
     }
   }
 #endif
@@ -77,10 +78,11 @@ inline void prepare(const DecodeArgs& args, const Unit& unit, TileScratch& scrat
   load_queries(args, unit, query);
   const SpaceQuery& low = prepared.spaces[1];
   if (uses(args, unit, Rotation::kBasis)) {
+    Prefetcher none(nullptr, nullptr, 0);
     clear(low.exact, args.group * low.width);
     dot_rows<float>(reinterpret_cast<const uint8_t*>(basis_rows(args, unit, 0, scratch)),
                     int64_t{args.head_size} * 4, args.basis_rank, query.exact, query.width,
-                    args.head_size, args.group, low.exact, low.width);
+                    args.head_size, args.group, low.exact, low.width, none);
   }
   const SpaceQuery& rotated = prepared.spaces[2];
   if (uses(args, unit, Rotation::kHadamard)) {

@@ -13,10 +13,10 @@
 namespace mdkv {
 namespace {
 
-// Below this, starting a part and merging it costs more than another thread saves.
-constexpr int64_t kMinPartBytes = 32 * 1024;
-// Parts per thread, so that uneven threads and uneven requests even out.
-constexpr int64_t kPartsPerThread = 4;
+// Below this, starting a task and merging its parts costs more than another thread saves.
+constexpr int64_t kMinTaskBytes = 32 * 1024;
+// Tasks per thread, so that uneven threads and uneven page formats even out.
+constexpr int64_t kTasksPerThread = 4;
 
 struct FreeDeleter {
   void operator()(char* p) const { std::free(p); }
@@ -28,7 +28,7 @@ Buffer allocate(int64_t bytes) {
       static_cast<char*>(std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 64), 64))));
 }
 
-// A unit that several threads share.
+// A unit that several tasks share.
 struct Shared {
   enum State : int { kIdle, kPreparing, kReady };
   std::atomic<int> state{kIdle};
@@ -37,11 +37,18 @@ struct Shared {
   std::vector<Partial> parts;
 };
 
-struct Task {
+// A run of pages of one unit.
+struct Piece {
   int64_t unit;
-  int64_t part;
-  int64_t parts;
-  Shared* shared;  // null where the unit is a single task
+  int64_t begin, end;
+  int64_t part;    // of the unit
+  Shared* shared;  // null where the unit is a single piece
+};
+
+// A run of pieces of about the same number of pages as any other task's. Where tasks begin and end
+// depends on the number of threads alone, and so does the rounding of a merge.
+struct Task {
+  int64_t first_piece, last_piece;
 };
 
 struct ThreadScratch {
@@ -73,25 +80,49 @@ class Run {
       ThreadScratch scratch = ThreadScratch::carve(args_, carver);
       const int64_t num_tasks = static_cast<int64_t>(tasks_.size());
       for (int64_t i = next_.fetch_add(1); i < num_tasks; i = next_.fetch_add(1)) {
-        process(tasks_[i], scratch);
+        for (int64_t p = tasks_[i].first_piece; p < tasks_[i].last_piece; ++p) {
+          process(pieces_[p], p + 1 < tasks_[i].last_piece ? &pieces_[p + 1] : nullptr, scratch);
+        }
       }
     });
   }
 
  private:
+  // A unit without pages still has to write its zeros.
+  static int64_t weight(const Unit& unit) { return std::max<int64_t>(unit.pages, 1); }
+
   void split() {
-    int64_t pages = 0;
-    for (const Unit& unit : units_) pages += unit.pages;
+    int64_t total = 0;
+    for (const Unit& unit : units_) total += weight(unit);
     const int64_t threads = at::get_num_threads();
-    const int64_t part_pages =
-        threads == 1 ? std::max<int64_t>(pages, 1)
-                     : std::max((kMinPartBytes + args_.page_bytes - 1) / args_.page_bytes,
-                                pages / (threads * kPartsPerThread) + 1);
+    const int64_t num_tasks = threads == 1
+                                  ? 1
+                                  : std::clamp<int64_t>(total * args_.page_bytes / kMinTaskBytes, 1,
+                                                        threads * kTasksPerThread);
+    int64_t unit = 0, done = 0, before = 0;  // pages done of the unit, and before it
+    for (int64_t t = 0; t < num_tasks; ++t) {
+      const int64_t first = pieces_.size(), stop = total * (t + 1) / num_tasks;
+      while (before + done < stop) {
+        const int64_t left = weight(units_[unit]) - done;
+        const int64_t taken = std::min(left, stop - before - done);
+        const int64_t part = done > 0 ? pieces_.back().part + 1 : 0;
+        pieces_.push_back({unit, done, done + taken, part, nullptr});
+        done += taken;
+        if (taken == left) before += done, done = 0, ++unit;
+      }
+      tasks_.push_back({first, static_cast<int64_t>(pieces_.size())});
+    }
+    share();
+  }
+
+  // Gives every unit of several pieces the memory that its pieces share.
+  void share() {
+    std::vector<int64_t> parts(units_.size(), 0);
+    for (const Piece& piece : pieces_) ++parts[piece.unit];
     int64_t num_shared = 0, num_parts = 0;
-    for (const Unit& unit : units_) {
-      const int64_t parts = parts_of(unit, part_pages);
-      num_shared += parts > 1;
-      num_parts += parts > 1 ? parts : 0;
+    for (const int64_t count : parts) {
+      num_shared += count > 1;
+      num_parts += count > 1 ? count : 0;
     }
     shared_ = std::vector<Shared>(num_shared);
     Carver prepared_size(nullptr), partial_size(nullptr);
@@ -100,37 +131,35 @@ class Run {
     shared_buffer_ = allocate(num_shared * prepared_size.used() + num_parts * partial_size.used());
     Carver carver(shared_buffer_.get());
     Shared* next = shared_.data();
-    for (int64_t u = 0; u < static_cast<int64_t>(units_.size()); ++u) {
-      const int64_t parts = parts_of(units_[u], part_pages);
-      Shared* shared = parts > 1 ? next++ : nullptr;
-      if (shared != nullptr) {
-        shared->prepared = Prepared::carve(args_, carver);
-        shared->parts_left = parts;
-        for (int64_t p = 0; p < parts; ++p) shared->parts.push_back(Partial::carve(args_, carver));
+    for (Piece& piece : pieces_) {
+      const int64_t count = parts[piece.unit];
+      if (count == 1) continue;
+      if (piece.part == 0) {
+        next->prepared = Prepared::carve(args_, carver);
+        next->parts_left = count;
+        for (int64_t p = 0; p < count; ++p) next->parts.push_back(Partial::carve(args_, carver));
+        ++next;
       }
-      for (int64_t p = 0; p < parts; ++p) tasks_.push_back({u, p, parts, shared});
+      piece.shared = next - 1;
     }
   }
 
-  static int64_t parts_of(const Unit& unit, int64_t part_pages) {
-    return std::max<int64_t>(1, (unit.pages + part_pages - 1) / part_pages);
-  }
-
-  void process(const Task& task, ThreadScratch& scratch) {
-    const Unit& unit = units_[task.unit];
-    if (task.shared == nullptr) {
+  void process(const Piece& piece, const Piece* next, ThreadScratch& scratch) {
+    const Unit& unit = units_[piece.unit];
+    const PageRun run{&unit, piece.begin, std::min(piece.end, unit.pages)};
+    PageRun next_run{};
+    if (next != nullptr) next_run = {&units_[next->unit], next->begin, next->end};
+    if (piece.shared == nullptr) {
       kernels_.prepare(args_, unit, scratch.tile, scratch.prepared);
-      kernels_.attend(args_, unit, scratch.prepared, 0, unit.pages, scratch.tile, scratch.partial);
+      kernels_.attend(args_, run, next_run, scratch.prepared, scratch.tile, scratch.partial);
       kernels_.finish(args_, unit, &scratch.partial, 1, scratch.tile);
       return;
     }
-    Shared& shared = *task.shared;
+    Shared& shared = *piece.shared;
     prepare_once(unit, shared, scratch);
-    kernels_.attend(args_, unit, shared.prepared, unit.pages * task.part / task.parts,
-                    unit.pages * (task.part + 1) / task.parts, scratch.tile,
-                    shared.parts[task.part]);
+    kernels_.attend(args_, run, next_run, shared.prepared, scratch.tile, shared.parts[piece.part]);
     if (shared.parts_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      kernels_.finish(args_, unit, shared.parts.data(), task.parts, scratch.tile);
+      kernels_.finish(args_, unit, shared.parts.data(), shared.parts.size(), scratch.tile);
     }
   }
 
@@ -149,6 +178,7 @@ class Run {
   const DecodeArgs& args_;
   const Kernels& kernels_;
   std::vector<Unit> units_;
+  std::vector<Piece> pieces_;
   std::vector<Task> tasks_;
   std::vector<Shared> shared_;
   Buffer shared_buffer_;

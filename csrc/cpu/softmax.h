@@ -1,6 +1,7 @@
 // The online softmax step of a tile.
 #pragma once
 
+#include "group_blocks.h"
 #include "tile.h"
 
 namespace mdkv {
@@ -27,13 +28,13 @@ inline void mask_scores(const Tile& tile, int group, TileScratch& scratch) {
   }
 }
 
-// Turns scores into weights exp2(score - max), and rescales what was accumulated so far.
-inline void softmax_step(const Tile& tile, int group, TileScratch& scratch, Partial& partial) {
+// Makes the tile's scores count against a common maximum, rescaling what was summed so far.
+inline void raise_maximum(const Tile& tile, int group, TileScratch& scratch, Partial& partial) {
   const int64_t padded = tile.padded_tokens();
   for (int g = 0; g < group; ++g) {
-    float* weights = scratch.weights + g * scratch.tokens;
-    Vec best = load(weights);
-    for (int64_t t = kWidth; t < padded; t += kWidth) best = max(best, load(weights + t));
+    const float* scores = scratch.weights + g * scratch.tokens;
+    Vec best = load(scores);
+    for (int64_t t = kWidth; t < padded; t += kWidth) best = max(best, load(scores + t));
     const float top = reduce_max(best);
     if (top > partial.max[g]) {
       const float factor = __builtin_exp2f(partial.max[g] - top);
@@ -43,32 +44,40 @@ inline void softmax_step(const Tile& tile, int group, TileScratch& scratch, Part
         scale_row(partial.out[space] + g * partial.width[space], partial.width[space], factor);
       }
     }
-    const Vec base = set1(partial.max[g]);
-    Vec sum = set1(0.0f);
-    for (int64_t t = 0; t < padded; t += kWidth) {
-      const Vec weight = exp2(sub(load(weights + t), base));
-      sum = add(sum, weight);
-      store(weights + t, weight);
-    }
-    partial.sum[g] += reduce_add(sum);
   }
 }
 
-// Multiplies the weights by the scales of the values' codes.
+// Turns scores into weights exp2(score - max), times the scales of the values where there are any.
 //
-// scales_offset: of the V scales in a page.
-inline void apply_value_scales(const Tile& tile, int64_t scales_offset, int group,
-                               TileScratch& scratch) {
-  for (int i = 0; i < tile.num_pages; ++i) {
-    const auto* scales = reinterpret_cast<const BFloat16*>(tile.page[i] + scales_offset);
-    for (int t = 0; t < tile.stride; t += kWidth) {
-      const Vec scale = load_first(scales + t, tile.count[i] - t);
-      for (int g = 0; g < group; ++g) {
-        float* weights = scratch.weights + g * scratch.tokens + i * tile.stride + t;
-        store(weights, mul(load(weights), scale));
+// scales_offset: of bf16 scales [tokens] in a page; negative for none.
+inline void weigh(const Tile& tile, int64_t scales_offset, int group, TileScratch& scratch,
+                  Partial& partial) {
+  for_blocks<kMaxGroup>(group, [&](auto heads, int g0) {
+    constexpr int kGroup = decltype(heads)::value;
+    Vec sum[kGroup], largest[kGroup];
+    for (int g = 0; g < kGroup; ++g) sum[g] = largest[g] = set1(0.0f);
+    for (int i = 0; i < tile.num_pages; ++i) {
+      const auto* scales = reinterpret_cast<const BFloat16*>(tile.page[i] + scales_offset);
+      float* weights = scratch.weights + g0 * scratch.tokens + i * tile.stride;
+      for (int t = 0; t < tile.stride; t += kWidth) {
+        // Beyond the last token a weight is zero, but a scale may be anything.
+        const Vec scale =
+            scales_offset < 0 ? set1(1.0f) : load_first(scales + t, tile.count[i] - t);
+        for (int g = 0; g < kGroup; ++g) {
+          float* at = weights + g * scratch.tokens + t;
+          const Vec share = exp2(sub(load(at), set1(partial.max[g0 + g])));
+          const Vec weight = mul(share, scale);
+          sum[g] = add(sum[g], share);
+          largest[g] = max(largest[g], weight);
+          store(at, weight);
+        }
       }
     }
-  }
+    for (int g = 0; g < kGroup; ++g) {
+      partial.sum[g0 + g] += reduce_add(sum[g]);
+      scratch.largest[g0 + g] = reduce_max(largest[g]);
+    }
+  });
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "group_blocks.h"
+#include "prefetch.h"
 
 namespace mdkv {
 namespace MDKV_ISA {
@@ -11,7 +12,7 @@ namespace {
 template <typename E, int kGroup>
 MDKV_INLINE void dot_rows_block(const uint8_t* rows, int64_t stride, int count,
                                 const float* queries, int64_t queries_stride, int dims, float* out,
-                                int64_t out_stride) {
+                                int64_t out_stride, Prefetcher& prefetcher) {
   const int whole = dims / kWidth * kWidth;
   for (int t = 0; t < count; t += 4) {
     const E* row[4];
@@ -24,6 +25,7 @@ MDKV_INLINE void dot_rows_block(const uint8_t* rows, int64_t stride, int count,
       for (int i = 0; i < 4; ++i) acc[g][i] = set1(0.0f);
     }
     for (int d = 0; d < whole; d += kWidth) {
+      prefetcher.step((4 * kWidth * sizeof(E) + 63) / 64);
       Vec q[kGroup];
       for (int g = 0; g < kGroup; ++g) q[g] = load(queries + g * queries_stride + d);
       for (int i = 0; i < 4; ++i) {
@@ -52,11 +54,12 @@ MDKV_INLINE void dot_rows_block(const uint8_t* rows, int64_t stride, int count,
 // rows: [count] rows of dims elements, `stride` bytes apart. queries: float [group, padded dims].
 template <typename E>
 inline void dot_rows(const uint8_t* rows, int64_t stride, int count, const float* queries,
-                     int64_t queries_stride, int dims, int group, float* out, int64_t out_stride) {
+                     int64_t queries_stride, int dims, int group, float* out, int64_t out_stride,
+                     Prefetcher& prefetcher) {
   for_blocks<kMaxDotGroup>(group, [&](auto heads, int g0) {
     dot_rows_block<E, decltype(heads)::value>(rows, stride, count, queries + g0 * queries_stride,
                                               queries_stride, dims, out + g0 * out_stride,
-                                              out_stride);
+                                              out_stride, prefetcher);
   });
 }
 

@@ -28,7 +28,14 @@ MDKV_INLINE void store_first(float* p, Vec v, int n) { _mm256_maskstore_ps(p, fi
 MDKV_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 MDKV_INLINE Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
 MDKV_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+MDKV_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 MDKV_INLINE Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+MDKV_INLINE Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+MDKV_INLINE Vec abs(Vec v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+MDKV_INLINE Vec floor(Vec v) { return _mm256_floor_ps(v); }
+MDKV_INLINE Vec nearest(Vec v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 MDKV_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 MDKV_INLINE Vec blend_first(Vec v, Vec other, int n) {
   return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(first_lanes(n)));

@@ -30,7 +30,16 @@ MDKV_INLINE void store_first(float* p, Vec v, int n) {
 MDKV_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 MDKV_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 MDKV_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+MDKV_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
 MDKV_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+MDKV_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+MDKV_INLINE Vec abs(Vec v) { return _mm512_abs_ps(v); }
+MDKV_INLINE Vec floor(Vec v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+MDKV_INLINE Vec nearest(Vec v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 MDKV_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 MDKV_INLINE Vec blend_first(Vec v, Vec other, int n) {
   return _mm512_mask_blend_ps(first_lanes(n), other, v);

@@ -15,6 +15,7 @@ from mdkv_vllm.core.basis import Basis
 
 FORMAT_VERSION = "1"
 _SAMPLE_BYTES = 1 << 16
+_SINGLE_WEIGHTS = "model.safetensors"
 
 
 class ArtifactError(ValueError):
@@ -68,7 +69,18 @@ def model_identity(model: str) -> str:
 
 
 def save_basis(path: Path, basis: Basis, info: ArtifactInfo) -> None:
-    """Write a basis and its origin; the file appears only when it is whole."""
+    """Write a basis and its origin; the file appears only when it is whole.
+
+    A model folder with a single weights file also gets an index of it: without one, vLLM
+    loads every safetensors file of the folder as weights, the basis among them.
+    """
+    weights = path.parent / _SINGLE_WEIGHTS
+    index = path.parent / f"{_SINGLE_WEIGHTS}.index.json"
+    if weights.is_file() and not index.exists():
+        with safe_open(str(weights), framework="pt") as file:
+            names = {name: _SINGLE_WEIGHTS for name in file.keys()}  # noqa: SIM118
+        content = {"metadata": {"total_size": weights.stat().st_size}, "weight_map": names}
+        index.write_text(json.dumps(content, indent=1))
     metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
     temporary = path.with_suffix(".tmp")
     save_file({"keys": basis.keys.contiguous(), "values": basis.values.contiguous()}, temporary, metadata)

@@ -1,20 +1,29 @@
 """Which format each token gets: Lagrangian allocation with a page-exact finish.
 
 Per layer, over heads and tokens: minimise ``sum L_t(f_t)`` subject to the layer's pages
-(MixedDimKV equations 1 to 3). Pages are what is freed, so the Lagrangian solution is
-then fitted to whole pages per (head, format) list whose sum is the budget
-exactly; KV-Compress (arXiv 2410.00161) does this for one format.
+(MixedDimKV equations 1 to 3). Pages are what is freed, so every list must have whole
+pages and their sum is the budget; KV-Compress (arXiv 2410.00161) does this for one format.
+
+The Lagrangian solution says roughly how many pages each list wants. Around it, every choice of
+whole pages per (head, format) in a small box is filled with the tokens that suit it best
+(:mod:`mdkv_vllm.core.exchange`), which gives each head a table of its least loss by pages
+taken; a knapsack over those tables hands out the pages. The result is optimal within the box.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from mdkv_vllm.core.exchange import Exchange
 from mdkv_vllm.core.formats import FormatSet
 
 _BISECTIONS = 40
+_BOX_POINTS = 128
+"""Most choices of pages tried per head."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class Allocation:
 def allocate(losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
     """Choose a format for every token of a layer within exactly ``num_pages`` pages.
 
+    Fewer pages are taken only where more would not lower the loss.
+
     Args:
         losses: float32 ``[options, kv_heads, span]``; options in the order of
             ``formats.names``.
@@ -48,108 +59,160 @@ def allocate(losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Alloca
         ValueError: nothing may be dropped and the cheapest format does not fit.
     """
     _, heads, span = losses.shape
-    capacity = torch.tensor([f.tokens_per_page for f in formats.formats])
     if not formats.drop and heads * formats.formats[0].pages(span) > num_pages:
         raise ValueError(f"{num_pages} pages cannot hold {span} tokens without dropping any")
-    costs = 1.0 / capacity.float()
-    if formats.drop:
-        costs = torch.cat((torch.zeros(1), costs))
-    price = _bisect_price(losses, costs, num_pages)
-    priced = losses + price * costs[:, None, None]
-    cheapest, option = priced.min(0)
-    lower_bound = float(cheapest.double().sum()) - price * num_pages
-    wanted = torch.stack([(option == o).sum(1) for o in range(len(costs))], 1)
-    wanted = wanted[:, int(formats.drop) :]
-    pages = _whole_pages(wanted, capacity, span, num_pages, formats.drop)
-    option = _fill(losses, priced, pages * capacity)
-    objective = float(losses.gather(0, option.unsqueeze(0)).double().sum())
-    choice = option - int(formats.drop)
-    tokens = torch.stack([(choice == f).sum(1) for f in range(len(capacity))], 1)
-    return Allocation(choice, tokens, objective, lower_bound)
+    losses = losses.double()
+    # Option 0, to drop or the cheapest format, takes the tokens that the others leave.
+    capacity = [0] * formats.drop + [f.tokens_per_page for f in formats.formats]
+    option, wanted, lower_bound = _lagrangian(losses, capacity, num_pages)
+    fillings = [Exchange(losses[:, head], option[head]) for head in range(heads)]
+    box = _Box(capacity, span)
+    corners = [[w // c - box.below for w, c in zip(row[1:], capacity[1:], strict=True)] for row in wanted]
+    while True:
+        corners = [[max(pages, 0) for pages in corner] for corner in corners]
+        tables = [box.table(f, corner) for f, corner in zip(fillings, corners, strict=True)]
+        if best := _share_pages(tables, num_pages):
+            break
+        corners = [[pages - 1 for pages in corner] for corner in corners]
+    for filling, counts in zip(fillings, best, strict=True):
+        filling.move_to(counts)
+    option = torch.tensor([f.option for f in fillings])
+    objective = float(losses.gather(0, option.unsqueeze(0)).sum())
+    tokens = torch.tensor([f.counts for f in fillings])[:, int(formats.drop) :]
+    return Allocation(option - int(formats.drop), tokens, objective, lower_bound)
 
 
-def _bisect_price(losses: torch.Tensor, costs: torch.Tensor, num_pages: int) -> float:
-    """Smallest price per page at which tokens, each on its own, ask for no more than there is."""
+def _lagrangian(
+    losses: torch.Tensor, capacity: Sequence[int], num_pages: int
+) -> tuple[torch.Tensor, list[list[int]], float]:
+    """Solve the problem in which a token may take any share of a page.
 
-    def pages_asked(price: float) -> float:
-        option = (losses + price * costs[:, None, None]).argmin(0)
-        return float((option.flatten().bincount(minlength=len(costs)) * costs.double()).sum())
+    Args:
+        losses: float64 ``[options, kv_heads, span]``.
+        capacity: tokens per page of each option; 0 for drop.
+        num_pages: pages to be had.
 
-    if pages_asked(0.0) <= num_pages:
-        return 0.0
+    Returns:
+        Option of each token at the least price that asks for no more pages than there
+        are, int64 ``[kv_heads, span]``; tokens wanted per head and option when the pages left at that
+        price are given to tokens that would take them at any lower one; and the dual's value.
+    """
+    costs = torch.tensor([1.0 / c if c else 0.0 for c in capacity], dtype=torch.float64)
+    low, high = _bisect_price(losses, costs, num_pages)
+    least, option = _cheapest(losses, costs, high)
+    lower_bound = float(least.sum()) - high * num_pages
+    richer = _cheapest(losses, costs, low)[1]
+    more = (costs[richer] - costs[option]).flatten().cumsum(0)
+    affordable = (more <= num_pages - _pages_asked(option, costs)).view_as(option)
+    mixed = torch.where(affordable, richer, option)
+    wanted = [row.bincount(minlength=len(costs)).tolist() for row in mixed]
+    return option, wanted, lower_bound
+
+
+def _bisect_price(
+    losses: torch.Tensor, costs: torch.Tensor, num_pages: int
+) -> tuple[float, float]:
+    """Prices per page next to each other; only at the second do the pages suffice."""
+    if _pages_asked(_cheapest(losses, costs, 0.0)[1], costs) <= num_pages:
+        return 0.0, 0.0
     high = float(losses.max()) / float(costs[costs > 0].min()) + 1e-30
     low = high * 1e-12
     for _ in range(_BISECTIONS):
-        middle = (low * high) ** 0.5
-        if pages_asked(middle) > num_pages:
+        middle = math.sqrt(low * high)
+        if _pages_asked(_cheapest(losses, costs, middle)[1], costs) > num_pages:
             low = middle
         else:
             high = middle
-    return high
+    return low, high
 
 
-def _whole_pages(
-    wanted: torch.Tensor, capacity: torch.Tensor, span: int, num_pages: int, drop: bool
-) -> torch.Tensor:
-    """Round the tokens wanted per list to whole pages that sum to ``num_pages``.
+def _cheapest(
+    losses: torch.Tensor, costs: torch.Tensor, price: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Least priced loss of each token and its option, the first among equals."""
+    least = losses[0] + price * costs[0]
+    option = torch.zeros(least.shape, dtype=torch.int64)
+    for index in range(1, len(costs)):
+        priced = losses[index] + price * costs[index]
+        option.masked_fill_(priced < least, index)
+        least = torch.minimum(least, priced)
+    return least, option
 
-    Lists grow a page at a time in the order of what they lack; the last step at which the
-    sum still fits is taken. Where nothing may be dropped, the cheapest list of
-    each head is not grown but takes what the others leave.
 
-    Args:
-        wanted: int64 ``[kv_heads, formats]`` tokens.
-        capacity: int64 ``[formats]`` tokens per page.
-        span: tokens per head.
-        num_pages: pages to hand out.
-        drop: whether tokens may be dropped.
+def _pages_asked(option: torch.Tensor, costs: torch.Tensor) -> float:
+    counts = option.flatten().bincount(minlength=len(costs)).tolist()
+    return sum(n * cost for n, cost in zip(counts, costs.tolist(), strict=True))
 
-    Returns:
-        int64 ``[kv_heads, formats]`` pages.
+
+class _Box:
+    """The choices of whole pages tried around a head's Lagrangian solution."""
+
+    def __init__(self, capacity: Sequence[int], span: int) -> None:
+        self._capacity, self._span = capacity, span
+        lists = len(capacity) - 1
+        width = next((w for w in (4, 3) if w**lists <= _BOX_POINTS), 2)
+        self.below = 1 if width > 2 else 0
+        """Pages by which the box starts below what a list wants, rounded down."""
+        varied = min(lists, int(math.log(_BOX_POINTS, width)))
+        self._widths = [1] * (lists - varied) + [width] * varied
+
+    def table(
+        self, filling: Exchange, corner: Sequence[int]
+    ) -> dict[int, tuple[float, list[int]]]:
+        """Least loss, and tokens per option, by the number of pages a head takes.
+
+        Args:
+            filling: the head's tokens; left wherever the search ends.
+            corner: least pages of each list in the box.
+        """
+        table: dict[int, tuple[float, list[int]]] = {}
+        for step in _snake(self._widths):
+            counts = self._counts([low + s for low, s in zip(corner, step, strict=True)])
+            filling.move_to(counts)
+            pages = sum(-(-n // c) for n, c in zip(counts, self._capacity, strict=True) if c)
+            if pages not in table or filling.objective < table[pages][0]:
+                table[pages] = filling.objective, counts
+        return table
+
+    def _counts(self, pages: Sequence[int]) -> list[int]:
+        """Tokens per option when lists are filled up, the richest first."""
+        counts, rest = [], self._span
+        for list_pages, capacity in zip(reversed(pages), reversed(self._capacity), strict=False):
+            counts.append(min(list_pages * capacity, rest))
+            rest -= counts[-1]
+        return [rest, *reversed(counts)]
+
+
+def _snake(widths: Sequence[int]) -> Iterator[list[int]]:
+    """Every point of a box, each one step from the last, the last axis moving most."""
+    at, way = [0] * len(widths), [1] * len(widths)
+    while True:
+        yield at
+        for axis in reversed(range(len(widths))):
+            if 0 <= at[axis] + way[axis] < widths[axis]:
+                at[axis] += way[axis]
+                break
+            way[axis] = -way[axis]
+        else:
+            return
+
+
+def _share_pages(
+    tables: Sequence[dict[int, tuple[float, list[int]]]], num_pages: int
+) -> list[list[int]] | None:
+    """Tokens per head and option with the least summed loss; None where no choice fits.
+
+    Equal losses go to the choice of more pages.
     """
-    heads, first = wanted.shape[0], 0 if drop else 1
-    ideal = (wanted / capacity)[:, first:]
-    base = (ideal.floor() - 1).clamp_min_(0).long()
-    steps = torch.arange(4)
-    lack = (ideal - base).unsqueeze(-1) - steps
-    order = lack.flatten().argsort(descending=True, stable=True) // len(steps)
-    grown = torch.nn.functional.one_hot(order, base.numel()).cumsum(0)
-    grown = torch.cat((torch.zeros(1, base.numel(), dtype=torch.int64), grown))
-    pages = base.flatten() + grown
-    pages = pages.view(len(pages), heads, -1)
-    if not drop:
-        rest = (span - (pages * capacity[1:]).sum(-1)).clamp_min_(0)
-        pages = torch.cat(((rest + capacity[0] - 1).div(capacity[0], rounding_mode="floor")[..., None], pages), -1)
-    fits = (pages.sum((1, 2)) <= num_pages).nonzero()
-    if len(fits) == 0:
-        pages = torch.zeros(heads, len(capacity), dtype=torch.int64)
-        if not drop:
-            pages[:, 0] = -(-span // int(capacity[0]))
-        return pages
-    return pages[fits[-1, 0]]
-
-
-def _fill(losses: torch.Tensor, priced: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-    """Give each list's room to the tokens that gain most by it, richest format first.
-
-    Args:
-        losses: float32 ``[options, kv_heads, span]``.
-        priced: losses plus the price of each option.
-        room: int64 ``[kv_heads, formats]`` tokens each list can hold.
-
-    Returns:
-        int64 ``[kv_heads, span]`` option of each token.
-    """
-    options, _, span = losses.shape
-    skipped = options - room.shape[1]
-    option = torch.zeros(losses.shape[1:], dtype=torch.int64)
-    free = torch.ones_like(option, dtype=torch.bool)
-    rank = torch.arange(span)
-    for candidate in range(options - 1, 0, -1):
-        gain = priced[:candidate].amin(0) - priced[candidate]
-        order = gain.masked_fill_(~free, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        list_room = room[:, candidate - skipped].clamp_max(free.sum(-1))
-        chosen = torch.zeros_like(free).scatter_(1, order, rank < list_room[:, None])
-        option[chosen] = candidate
-        free &= ~chosen
-    return option
+    shares: dict[int, tuple[float, list[list[int]]]] = {0: (0.0, [])}
+    for table in tables:
+        grown: dict[int, tuple[float, list[list[int]]]] = {}
+        for taken, (loss, chosen) in sorted(shares.items()):
+            for pages, (added, counts) in sorted(table.items()):
+                total, summed = taken + pages, loss + added
+                if total <= num_pages and (total not in grown or summed < grown[total][0]):
+                    grown[total] = summed, [*chosen, counts]
+        shares = grown
+    if not shares:
+        return None
+    return min(sorted(shares.items(), reverse=True), key=lambda item: item[1][0])[1][1]

@@ -53,11 +53,51 @@ def window_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> to
     return logits
 
 
-def token_losses(
+def loss_sums(
     logits: torch.Tensor,
-    value_norms: torch.Tensor,
     candidates: Sequence[Candidate],
+    span: int,
     scale: float,
+    variant: str,
+) -> torch.Tensor:
+    """What the window queries say about each token, summed over them.
+
+    In ``paper``, ``P_f`` is the softmax with every span key at format f. In ``solo`` (and the
+    pooled variants, which build on it) only token t changes:
+    ``P_f = P e / (1 + P (e - 1))`` with ``e`` the exponential of the score's change.
+
+    Args:
+        logits: from :func:`window_logits`, ``[kv_heads, rows, tokens]``; not kept.
+        candidates: the reduced formats.
+        span: tokens that are compressed.
+        scale: factor of the scores.
+        variant: one of :data:`LOSSES`.
+
+    Returns:
+        float32 ``[1 + candidates, kv_heads, span]``: ``sum_q P[q,t]``, then
+        ``sum_q |P_f[q,t] - P[q,t]|`` of each candidate.
+    """
+    log_sum = logits.logsumexp(-1, keepdim=True)
+    window_log_sum = logits[:, :, span:].logsumexp(-1, keepdim=True)
+    probability = (logits[:, :, :span] - log_sum).exp_()
+    sums = [probability.sum(1)]
+    for candidate in candidates:
+        scores = torch.bmm(candidate.queries, candidate.keys.transpose(1, 2)).mul_(scale)
+        if variant == "paper":
+            total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), window_log_sum)
+            changed = scores.sub_(total).exp_()
+        else:
+            # The bounds only guard against overflow, and against nothing over nothing.
+            changed = scores.sub_(log_sum).clamp_(max=60).exp_()
+            changed = changed.div_(changed + (1 - probability).clamp_(min=1e-30))
+        sums.append(changed.sub_(probability).abs_().sum(1))
+    return torch.stack(sums)
+
+
+def losses_from_sums(
+    sums: torch.Tensor,
+    value_norms: torch.Tensor,
+    value_errors: Sequence[torch.Tensor],
     variant: str,
     drop: bool,
 ) -> torch.Tensor:
@@ -66,39 +106,36 @@ def token_losses(
     ``drop``:  ``sum_q 2 P[q,t] |V_t|``
     format f: ``sum_q |P_f[q,t] - P[q,t]| |V_t| + P[q,t] |V_t - V_t^f|``
 
-    In ``paper``, ``P_f`` is the softmax with every span key at format f. In ``solo`` (and the
-    pooled variants, which build on it) only token t changes:
-    ``P_f = P e / (1 + P (e - 1))`` with ``e`` the exponential of the score's change.
-
     Args:
-        logits: from :func:`window_logits`, ``[kv_heads, rows, tokens]``; not kept.
+        sums: from :func:`loss_sums`.
         value_norms: float32 ``[kv_heads, span]``, ``|V_t|``.
-        candidates: the reduced formats, in the order of the result.
-        scale: factor of the scores.
+        value_errors: float32 ``[kv_heads, span]`` per candidate, ``|V_t - V_t^f|``.
         variant: one of :data:`LOSSES`.
         drop: whether the first row of the result is ``drop``.
 
     Returns:
         float32 ``[options, kv_heads, span]``.
     """
-    span = value_norms.shape[1]
-    log_sum = logits.logsumexp(-1, keepdim=True)
-    window_log_sum = logits[:, :, span:].logsumexp(-1, keepdim=True)
-    probability = (logits[:, :, :span] - log_sum).exp_()
-    mass = probability.sum(1)
+    mass = sums[0]
     losses = [2 * mass * value_norms] if drop else []
-    for candidate in candidates:
-        scores = torch.bmm(candidate.queries, candidate.keys.transpose(1, 2)).mul_(scale)
-        if variant == "paper":
-            total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), window_log_sum)
-            changed = scores.sub_(total).exp_()
-        else:
-            # The clamp only guards against overflow: beyond it P_f is 1 to float32 precision.
-            changed = scores.sub_(log_sum).clamp_(max=60).exp_()
-            changed = changed.div_((changed - probability).add_(1))
-        moved = changed.sub_(probability).abs_().sum(1)
-        losses.append(moved * value_norms + mass * candidate.value_error)
+    for moved, error in zip(sums[1:], value_errors, strict=True):
+        losses.append(moved * value_norms + mass * error)
     return pool(torch.stack(losses), variant)
+
+
+def token_losses(
+    logits: torch.Tensor,
+    value_norms: torch.Tensor,
+    candidates: Sequence[Candidate],
+    scale: float,
+    variant: str,
+    drop: bool,
+) -> torch.Tensor:
+    """:func:`loss_sums`, then :func:`losses_from_sums`."""
+    sums = loss_sums(logits, candidates, value_norms.shape[1], scale, variant)
+    return losses_from_sums(
+        sums, value_norms, [c.value_error for c in candidates], variant, drop
+    )
 
 
 def pool(losses: torch.Tensor, variant: str) -> torch.Tensor:

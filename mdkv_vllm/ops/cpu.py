@@ -44,7 +44,7 @@ def store_kv(
         slot_mapping: int64 ``[tokens or more]``, ``block * block_size + offset``; a negative
             slot skips its token.
     """
-    torch.ops.mdkv.store_kv(key, value, kv_cache, slot_mapping)
+    torch.ops.mdkv.store_kv.default(key, value, kv_cache, slot_mapping)
 
 
 def load_kv(
@@ -63,7 +63,7 @@ def load_kv(
         keys: written, ``[kv_heads, num_tokens, head_size]``; any float type.
         values: written, same shape.
     """
-    torch.ops.mdkv.load_kv(kv_cache, block_ids, num_tokens, keys, values)
+    torch.ops.mdkv.load_kv.default(kv_cache, block_ids, num_tokens, keys, values)
 
 
 def pack_pages(
@@ -84,7 +84,7 @@ def pack_pages(
         geometry: the cache's sizes.
         pages: written, uint8 ``[pages of all lists, page_bytes]``, one list after the other.
     """
-    torch.ops.mdkv.pack_pages(
+    torch.ops.mdkv.pack_pages.default(
         keys,
         values,
         counts,
@@ -177,7 +177,7 @@ def mixed_decode(
         output: written, shape and type of the query.
         lse: written where given, float32 ``[queries, q_heads]``, natural logarithm.
     """
-    torch.ops.mdkv.mixed_decode(
+    torch.ops.mdkv.mixed_decode.default(
         query,
         arena,
         layer,

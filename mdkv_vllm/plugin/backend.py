@@ -218,5 +218,5 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         for capture in attn_metadata.captures:
             capture.copy(layer_index, query)
         if attn_metadata.decode is not None:
-            runtime.decode(layer_index, query, attn_metadata, self.scale, output)
+            runtime.decode(layer_index, query, attn_metadata, output)
         return output

@@ -77,7 +77,7 @@ class MixedDimCpuPlatform(CpuPlatform):
 
     @classmethod
     def validate_request(cls, processed_inputs, params) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001
-        """Check a request's ``mixeddim_*`` fields; a ValueError becomes HTTP 400."""
+        """Check a request's ``mixeddim_*`` fields."""
         super().validate_request(processed_inputs, params)
         if cls._request_config is not None:
             from mdkv_vllm.plugin.requests import admit

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from mdkv_vllm.config import Budget, MixedDimConfig, request_budget
+from mdkv_vllm.config import Budget, ConfigError, MixedDimConfig, request_budget
 
 
 def admit(params: object, config: MixedDimConfig) -> None:
     """Check a request's ``mixeddim_*`` fields.
 
     Raises:
-        mdkv_vllm.config.ConfigError: a field is unknown or out of range; vLLM answers
-            HTTP 400 with its text.
+        VLLMValidationError: a field is unknown or out of range; vLLM answers HTTP 400 with
+            its text. (Any other exception that comes from here would be a 500.)
     """
     if not isinstance(params, SamplingParams):
         return
-    budget = request_budget(params.extra_args)
+    try:
+        budget = request_budget(params.extra_args)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
     if budget is not None and _may_exceed(budget, config.default_budget):
         # The cap on prefix-cache hits assumes the default lease. A larger one reaches further
         # forward and could otherwise cover blocks that other requests share.

@@ -10,9 +10,9 @@ from vllm.logger import init_logger
 
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.core.formats import PageFormat, PageGeometry
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.ops import cpu
+from mdkv_vllm.ops.compress import CpuKernels
 from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, Prefill
 from mdkv_vllm.plugin.rows import BatchRows, Row
 from mdkv_vllm.policy import Policy
@@ -88,6 +88,7 @@ class Runtime:
         basis: calibrated basis, None where none is needed.
         arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         num_query_heads: query heads per layer on this rank.
+        scale: factor of the attention scores, the same in every layer.
         batch: reads the running batch.
     """
 
@@ -97,16 +98,20 @@ class Runtime:
         basis: Basis | None,
         arena: torch.Tensor,
         num_query_heads: int,
+        scale: float,
         batch: BatchRows,
     ) -> None:
         self.policy = policy
         self.arena = arena
         self.totals = Totals()
-        self._basis = basis
+        self._scale = scale
         self._num_query_heads = num_query_heads
         self._batch = batch
         self._prompts: dict[str, _Prompt] = {}
         self._pending: list[_Pending] = []
+        self._compressor = Compressor(
+            policy.layout, policy.config.loss, scale, basis, CpuKernels()
+        )
         self._tables = cpu.DecodeTables.build(policy.layout, basis)
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:
@@ -200,7 +205,6 @@ class Runtime:
         layer: int,
         query: torch.Tensor,
         metadata: MixedDimMetadata,
-        scale: float,
         output: torch.Tensor,
     ) -> None:
         """Attend with the mixed decode kernel; shapes as in vLLM's forward."""
@@ -217,28 +221,25 @@ class Runtime:
             decode.rows,
             decode.lengths,
             decode.leases,
-            scale,
+            self._scale,
             result,
         )
         if not contiguous:
             output[decode.tokens] = result
 
-    def end_step(self, scale: float) -> None:
+    def end_step(self) -> None:
         """Compress the prompts that ended in this step, one after the other."""
         for pending in self._pending:
-            self._compress(pending, scale)
+            self._compress(pending)
         self._pending = []
 
-    def _compress(self, pending: _Pending, scale: float) -> None:
+    def _compress(self, pending: _Pending) -> None:
         started = time.perf_counter()
         prompt, plan = pending.prompt, pending.prompt.plan
         assert plan is not None
         assert prompt.window is not None
         formats = self.policy.formats_for(plan.prompt_tokens, prompt.row.budget)
-        compressor = Compressor(
-            self.policy.layout, self.policy.config.loss, scale, self._basis, _pack_lists
-        )
-        result = compressor.compress(
+        result = self._compressor.compress(
             lambda layer: self._load_layer(layer, pending.blocks, plan.prompt_tokens),
             prompt.window,
             plan,
@@ -277,19 +278,6 @@ class Runtime:
                 seconds,
             )
         )
-
-
-def _pack_lists(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    counts: torch.Tensor,
-    fmt: PageFormat,
-    geometry: PageGeometry,
-) -> torch.Tensor:
-    num_pages = sum(fmt.pages(n) for n in counts.tolist())
-    pages = torch.empty(num_pages, geometry.page_bytes, dtype=torch.uint8)
-    cpu.pack_pages(keys, values, counts, fmt, geometry, pages)
-    return pages
 
 
 _current: Runtime | None = None

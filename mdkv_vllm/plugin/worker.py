@@ -28,7 +28,6 @@ class MixedDimCPUWorker(CPUWorker):
     """A CPU worker whose compressed prompts live in leases."""
 
     _runtime: Runtime | None = None
-    _scale = 1.0
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Specs of the model's layers, as vLLM asks for them before it sizes the cache."""
@@ -48,13 +47,13 @@ class MixedDimCPUWorker(CPUWorker):
         scales = {layer.impl.scale for layer in layers}
         if len(scales) != 1:
             raise ConfigError("--attention-backend mixeddim: layers differ in their score scale")
-        self._scale = scales.pop()
         policy = spec.policy
         self._runtime = Runtime(
             policy,
             self._load_basis(policy),
             arena_of([layer.kv_cache for layer in layers], policy),
             layers[0].num_heads,
+            scales.pop(),
             RunnerV1Rows(self.model_runner),
         )
         install_runtime(self._runtime)
@@ -78,7 +77,7 @@ class MixedDimCPUWorker(CPUWorker):
         """Run a step, then compress the prompts that ended in it."""
         output = super().execute_model(*args, **kwargs)
         if self._runtime is not None:
-            self._runtime.end_step(self._scale)
+            self._runtime.end_step()
         return output
 
     def mixeddim_status(self) -> dict[str, Any]:

@@ -1,0 +1,38 @@
+# make serve   talk to a real model over a compressed KV cache     make demo   see what it did
+.PHONY: setup serve demo test lint bench clean
+export MODEL PORT BUDGET ARGS
+
+BIN := .venv/bin
+
+setup:
+	scripts/setup-cpu.sh
+
+serve: setup
+	scripts/serve.sh
+
+demo: setup
+	$(BIN)/mdkv demo --port $(or $(PORT),8000)
+
+# Everything that needs no GPU.
+test:
+	scripts/setup-cpu.sh --dev
+	$(MAKE) lint
+	$(BIN)/python -m pytest
+
+lint:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+bench:
+	scripts/setup-cpu.sh --dev
+	mkdir -p results
+	$(BIN)/python benchmarks/decode_kernel.py --out results/decode_kernel.json
+	$(BIN)/python benchmarks/prefill.py --out results/prefill.json
+	$(BIN)/python benchmarks/serving.py --out results/serving.json
+
+clean:
+	rm -rf .venv build models results *.egg-info mdkv_vllm/_cpu*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

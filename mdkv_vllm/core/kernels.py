@@ -1,0 +1,139 @@
+"""The slow parts of compression as one object, so that faster ones can be put in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from mdkv_vllm.core.allocate import Allocation, allocate
+from mdkv_vllm.core.formats import FormatSet, PageGeometry
+from mdkv_vllm.core.loss import Candidate, loss_sums, window_logits
+from mdkv_vllm.core.packing import pack_list
+from mdkv_vllm.core.quantise import dequantise, quantise
+
+SCORE_ELEMENTS = 1 << 24
+"""Most elements of one score matrix of the reference (64 MiB); more heads are taken in turns."""
+
+
+class CompressionKernels(Protocol):
+    """What compression spends its time on; :class:`ReferenceKernels` is the specification."""
+
+    def round_trip(
+        self, keys: torch.Tensor, values: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Quantise and read back.
+
+        Args:
+            keys: float32 ``[kv_heads, span, rank]``, innermost contiguous.
+            values: same shape.
+            bits: 8, 4 or 2.
+
+        Returns:
+            Keys as read back from their codes, same shape; squared error of each value as
+            read back, ``[kv_heads, span]``.
+        """
+        ...
+
+    def loss_sums(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        candidates: Sequence[Candidate],
+        span: int,
+        scale: float,
+        variant: str,
+    ) -> torch.Tensor:
+        """Per-token sums of :func:`mdkv_vllm.core.loss.loss_sums`.
+
+        Args:
+            queries: float32 ``[kv_heads, window, group, head_size]``, the prompt's last tokens.
+            keys: float32 ``[kv_heads, tokens, head_size]``, the whole prompt.
+            candidates: the reduced formats.
+            span: tokens that are compressed.
+            scale: factor of the scores.
+            variant: one of :data:`mdkv_vllm.core.loss.LOSSES`.
+
+        Returns:
+            float32 ``[1 + candidates, kv_heads, span]``.
+        """
+        ...
+
+    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
+        """See :func:`mdkv_vllm.core.allocate.allocate`."""
+        ...
+
+    def pack(
+        self,
+        vectors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        formats: FormatSet,
+        choice: torch.Tensor,
+        geometry: PageGeometry,
+        pages: torch.Tensor,
+    ) -> None:
+        """Pack a layer's lists one after the other, by head and then by format.
+
+        Args:
+            vectors: per format, K and V of every span token in its space, float32
+                ``[kv_heads, span, rank]``, innermost contiguous.
+            formats: the formats allowed.
+            choice: int64 ``[kv_heads, span]``, index into ``formats.formats``, or -1.
+            geometry: the cache's sizes.
+            pages: written, uint8 ``[pages, page_bytes]``; those beyond the lists are left.
+        """
+        ...
+
+
+class ReferenceKernels:
+    """Plain torch."""
+
+    def round_trip(
+        self, keys: torch.Tensor, values: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`CompressionKernels`."""
+        zero = {8: 128.0, 4: 7.5, 2: 1.5}[bits]
+        read = [dequantise(*quantise(x, bits), zero) for x in (keys, values)]
+        return read[0], (values - read[1]).square().sum(-1)
+
+    def loss_sums(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        candidates: Sequence[Candidate],
+        span: int,
+        scale: float,
+        variant: str,
+    ) -> torch.Tensor:
+        """See :class:`CompressionKernels`."""
+        heads, window, group, _ = queries.shape
+        turn = max(1, SCORE_ELEMENTS // (window * group * keys.shape[1]))
+        parts = []
+        for start in range(0, heads, turn):
+            some = slice(start, start + turn)
+            logits = window_logits(queries[some], keys[some], scale)
+            mine = [Candidate(c.queries[some], c.keys[some], c.value_error) for c in candidates]
+            parts.append(loss_sums(logits, mine, span, scale, variant))
+        return torch.cat(parts, dim=1)
+
+    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
+        """See :class:`CompressionKernels`."""
+        return allocate(losses, formats, num_pages)
+
+    def pack(
+        self,
+        vectors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        formats: FormatSet,
+        choice: torch.Tensor,
+        geometry: PageGeometry,
+        pages: torch.Tensor,
+    ) -> None:
+        """See :class:`CompressionKernels`."""
+        first = 0
+        for head, chosen in enumerate(choice):
+            for index, fmt in enumerate(formats.formats):
+                tokens = (chosen == index).nonzero().squeeze(1)
+                keys, values = (x[head, tokens] for x in vectors[index])
+                packed = pack_list(keys, values, fmt, geometry)
+                pages[first : first + len(packed)] = packed
+                first += len(packed)

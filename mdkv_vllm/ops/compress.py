@@ -1,0 +1,79 @@
+"""Compression with the CPU kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+
+import mdkv_vllm.ops.cpu  # noqa: F401  (its import registers the operators)
+from mdkv_vllm.core.allocate import Allocation
+from mdkv_vllm.core.formats import FormatSet, PageGeometry
+from mdkv_vllm.core.loss import Candidate
+
+
+class CpuKernels:
+    """:class:`mdkv_vllm.core.kernels.CompressionKernels` in C++.
+
+    The result does not depend on the number of threads.
+    """
+
+    def round_trip(
+        self, keys: torch.Tensor, values: torch.Tensor, bits: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        return torch.ops.mdkv.round_trip(keys, values, bits)
+
+    def loss_sums(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        candidates: Sequence[Candidate],
+        span: int,
+        scale: float,
+        variant: str,
+    ) -> torch.Tensor:
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`; no score matrix is written out."""
+        return torch.ops.mdkv.loss_sums(
+            queries.flatten(1, 2),
+            keys,
+            [c.queries for c in candidates],
+            [c.keys for c in candidates],
+            span,
+            queries.shape[2],
+            scale,
+            variant == "paper",
+        )
+
+    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        capacity = _format_table(formats)[:, 3].long()
+        return Allocation(
+            *torch.ops.mdkv.allocate(losses.contiguous(), capacity, formats.drop, num_pages)
+        )
+
+    def pack(
+        self,
+        vectors: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        formats: FormatSet,
+        choice: torch.Tensor,
+        geometry: PageGeometry,
+        pages: torch.Tensor,
+    ) -> None:
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        torch.ops.mdkv.pack_layer(
+            [keys for keys, _ in vectors],
+            [values for _, values in vectors],
+            _format_table(formats),
+            choice,
+            pages,
+            geometry.dtype,
+        )
+
+
+@cache
+def _format_table(formats: FormatSet) -> torch.Tensor:
+    """int32 ``[formats, 4]``: rank, bits, rotation, tokens per page."""
+    rows = [(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats]
+    return torch.tensor(rows, dtype=torch.int32)

@@ -200,7 +200,9 @@ def _check_budget(name: str, value: Any, required: bool = False) -> None:  # noq
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value <= 1:
-        raise ConfigError(f"{name} is {value!r}; allowed are numbers above 0, up to 1 (no compression)")
+        raise ConfigError(
+            f"{name} is {value!r}; allowed are numbers above 0, up to 1 (no compression)"
+        )
 
 
 def _check_budget_tokens(name: str, value: Any, required: bool = False) -> None:  # noqa: ANN401

@@ -109,7 +109,9 @@ def run_demo(url: str | None, port: int, console: Console) -> int:
 
 def _compare(url: str, console: Console) -> int:
     model = _get(f"{url}/v1/models")["data"][0]["id"]
-    console.print(f"[bold]{QUESTION}[/bold]  ({model} at {url}; the document has the answer inside)")
+    console.print(
+        f"[bold]{QUESTION}[/bold]  ({model} at {url}; the document has the answer inside)"
+    )
     # A budget of 1.0 first would leave the whole prompt in the prefix cache for the other.
     runs = {}
     for name, extra in (("compressed", {}), ("compression off", {"mixeddim_budget": 1.0})):
@@ -179,8 +181,12 @@ def comparison_table(runs: dict[str, Run]) -> Table:
         "blocks in use while answering": [str(run.blocks_in_use) for run in runs.values()],
         "prompt bytes kept": [f"{run.report.get('kept_share', 1.0):.1%}" for run in runs.values()],
         "time to first token": [f"{run.first_token_seconds:.2f} s" for run in runs.values()],
-        "of which compression": [f"{run.report.get('seconds', 0.0):.2f} s" for run in runs.values()],
-        "decode tokens per second": [f"{run.decode_tokens_per_second:.1f}" for run in runs.values()],
+        "of which compression": [
+            f"{run.report.get('seconds', 0.0):.2f} s" for run in runs.values()
+        ],
+        "decode tokens per second": [
+            f"{run.decode_tokens_per_second:.1f}" for run in runs.values()
+        ],
     }
     for format_name in next(iter(runs.values())).report.get("tokens", {}):
         counts = [run.report.get("tokens", {}) for run in runs.values()]

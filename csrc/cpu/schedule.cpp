@@ -146,9 +146,8 @@ class Run {
 
   void process(const Piece& piece, const Piece* next, ThreadScratch& scratch) {
     const Unit& unit = units_[piece.unit];
-    const PageRun run{&unit, piece.begin, std::min(piece.end, unit.pages)};
-    PageRun next_run{};
-    if (next != nullptr) next_run = {&units_[next->unit], next->begin, next->end};
+    const PageRun run = page_run(piece);
+    const PageRun next_run = next == nullptr ? PageRun{} : page_run(*next);
     if (piece.shared == nullptr) {
       kernels_.prepare(args_, unit, scratch.tile, scratch.prepared);
       kernels_.attend(args_, run, next_run, scratch.prepared, scratch.tile, scratch.partial);
@@ -161,6 +160,11 @@ class Run {
     if (shared.parts_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
       kernels_.finish(args_, unit, shared.parts.data(), shared.parts.size(), scratch.tile);
     }
+  }
+
+  PageRun page_run(const Piece& piece) const {
+    const Unit& unit = units_[piece.unit];
+    return {&unit, piece.begin, std::min(piece.end, unit.pages)};
   }
 
   void prepare_once(const Unit& unit, Shared& shared, ThreadScratch& scratch) {

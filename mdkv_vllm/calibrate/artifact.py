@@ -83,7 +83,9 @@ def save_basis(path: Path, basis: Basis, info: ArtifactInfo) -> None:
         index.write_text(json.dumps(content, indent=1))
     metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
     temporary = path.with_suffix(".tmp")
-    save_file({"keys": basis.keys.contiguous(), "values": basis.values.contiguous()}, temporary, metadata)
+    save_file(
+        {"keys": basis.keys.contiguous(), "values": basis.values.contiguous()}, temporary, metadata
+    )
     temporary.replace(path)
 
 

@@ -41,7 +41,12 @@ def calibrate(
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     token_ids = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
-    columns = (TextColumn("calibrating"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        TextColumn("{task.percentage:.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=len(token_ids))
         moments = gather_moments(model, token_ids, lambda n: progress.advance(task, n))

@@ -67,7 +67,9 @@ def allocate(losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Alloca
     option, wanted, lower_bound = _lagrangian(losses, capacity, num_pages)
     fillings = [Exchange(losses[:, head], option[head]) for head in range(heads)]
     box = _Box(capacity, span)
-    corners = [[w // c - box.below for w, c in zip(row[1:], capacity[1:], strict=True)] for row in wanted]
+    corners = [
+        [w // c - box.below for w, c in zip(row[1:], capacity[1:], strict=True)] for row in wanted
+    ]
     while True:
         corners = [[max(pages, 0) for pages in corner] for corner in corners]
         tables = [box.table(f, corner) for f, corner in zip(fillings, corners, strict=True)]
@@ -109,9 +111,7 @@ def _lagrangian(
     return option, wanted, lower_bound
 
 
-def _bisect_price(
-    losses: torch.Tensor, costs: torch.Tensor, num_pages: int
-) -> tuple[float, float]:
+def _bisect_price(losses: torch.Tensor, costs: torch.Tensor, num_pages: int) -> tuple[float, float]:
     """Prices per page next to each other; only at the second do the pages suffice."""
     if _pages_asked(_cheapest(losses, costs, 0.0)[1], costs) <= num_pages:
         return 0.0, 0.0
@@ -156,9 +156,7 @@ class _Box:
         varied = min(lists, int(math.log(_BOX_POINTS, width)))
         self._widths = [1] * (lists - varied) + [width] * varied
 
-    def table(
-        self, filling: Exchange, corner: Sequence[int]
-    ) -> dict[int, tuple[float, list[int]]]:
+    def table(self, filling: Exchange, corner: Sequence[int]) -> dict[int, tuple[float, list[int]]]:
         """Least loss, and tokens per option, by the number of pages a head takes.
 
         Args:

@@ -133,9 +133,7 @@ def token_losses(
 ) -> torch.Tensor:
     """:func:`loss_sums`, then :func:`losses_from_sums`."""
     sums = loss_sums(logits, candidates, value_norms.shape[1], scale, variant)
-    return losses_from_sums(
-        sums, value_norms, [c.value_error for c in candidates], variant, drop
-    )
+    return losses_from_sums(sums, value_norms, [c.value_error for c in candidates], variant, drop)
 
 
 def pool(losses: torch.Tensor, variant: str) -> torch.Tensor:

@@ -44,9 +44,7 @@ def read_prompt_basis(pages: torch.Tensor, layout: LeaseLayout) -> Basis:
     return Basis(both[:, :, 0].contiguous(), both[:, :, 1].contiguous())
 
 
-def to_full(
-    low: torch.Tensor, fmt: PageFormat, directions: torch.Tensor | None
-) -> torch.Tensor:
+def to_full(low: torch.Tensor, fmt: PageFormat, directions: torch.Tensor | None) -> torch.Tensor:
     """Bring a format's vectors back to the model's space: float64 ``[tokens, head_size]``.
 
     Args:
@@ -157,7 +155,5 @@ def mixed_decode(
                 )
                 keys, values = torch.cat((kept_k, keys)), torch.cat((kept_v, values))
             mine = slice(head * group, (head + 1) * group)
-            outputs[index, mine], lse[index, mine] = attend(
-                query[index, mine], keys, values, scale
-            )
+            outputs[index, mine], lse[index, mine] = attend(query[index, mine], keys, values, scale)
     return outputs, lse

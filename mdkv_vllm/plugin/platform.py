@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm.platforms.cpu import CpuPlatform
 
 from mdkv_vllm.config import ConfigError, MixedDimConfig
-from mdkv_vllm.plugin.registration import BACKEND_CLASS, BACKEND_NAME, mixeddim_selected, register_mixeddim
+from mdkv_vllm.plugin.registration import (
+    BACKEND_CLASS,
+    BACKEND_NAME,
+    mixeddim_selected,
+    register_mixeddim,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

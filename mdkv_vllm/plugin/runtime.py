@@ -109,9 +109,7 @@ class Runtime:
         self._batch = batch
         self._prompts: dict[str, _Prompt] = {}
         self._pending: list[_Pending] = []
-        self._compressor = Compressor(
-            policy.layout, policy.config.loss, scale, basis, CpuKernels()
-        )
+        self._compressor = Compressor(policy.layout, policy.config.loss, scale, basis, CpuKernels())
         self._tables = cpu.DecodeTables.build(policy.layout, basis)
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:

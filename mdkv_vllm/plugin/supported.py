@@ -24,7 +24,9 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         layer_types = getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"]
         uses = getattr(model.hf_text_config, "use_sliding_window", True)
         if uses and "sliding_attention" in layer_types:
-            problems.append("models with sliding-window layers (disable with --disable-sliding-window)")
+            problems.append(
+                "models with sliding-window layers (disable with --disable-sliding-window)"
+            )
     if vllm_config.speculative_config is not None:
         problems.append("speculative decoding (--speculative-config)")
     if parallel.decode_context_parallel_size > 1:

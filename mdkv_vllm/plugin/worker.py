@@ -70,7 +70,9 @@ class MixedDimCPUWorker(CPUWorker):
                 "need a basis; make it with 'mdkv calibrate', or set basis to 'prompt'"
             )
         model = self.vllm_config.model_config
-        basis = load_basis(path, model.model, (policy.num_layers, policy.num_kv_heads, policy.geometry.head_size))
+        basis = load_basis(
+            path, model.model, (policy.num_layers, policy.num_kv_heads, policy.geometry.head_size)
+        )
         return basis.truncate(formats.basis_rank)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -110,7 +112,9 @@ def arena_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:
     content = 2 * size.head_size
     stride = (pages * size.block_size * content, size.block_size * content, content, 1)
     first = views[0]
-    expected = [first.storage_offset() + i * policy.num_kv_heads * stride[1] for i in range(len(views))]
+    expected = [
+        first.storage_offset() + i * policy.num_kv_heads * stride[1] for i in range(len(views))
+    ]
     if (
         len(views) != policy.num_layers
         or first.stride(0) != stride[0]

@@ -25,7 +25,15 @@ def convex_losses(options, heads, span, drop):
 
 
 @given(
-    st.sampled_from([("drop", "i4", "i8", "full"), ("i2", "i4", "i8", "full"), ("drop", "full"), ("i4", "full"), ("drop", "r8", "r16", "full")]),
+    st.sampled_from(
+        [
+            ("drop", "i4", "i8", "full"),
+            ("i2", "i4", "i8", "full"),
+            ("drop", "full"),
+            ("i4", "full"),
+            ("drop", "r8", "r16", "full"),
+        ]
+    ),
     st.integers(1, 4),
     st.integers(20, 600),
     st.floats(0, 1),
@@ -75,7 +83,9 @@ def test_against_exhaustive_search():
         best = torch.inf
         for options in itertools.product(range(3), repeat=8):
             option = torch.tensor(options).view(2, 4)
-            pages = sum(-(-int((option[h] == 1).sum()) // 3) + int((option[h] == 2).sum()) for h in (0, 1))
+            pages = sum(
+                -(-int((option[h] == 1).sum()) // 3) + int((option[h] == 2).sum()) for h in (0, 1)
+            )
             if pages <= 4:
                 best = min(best, float(losses.gather(0, option[None]).sum()))
         found = allocate(losses, formats, 4).objective

@@ -34,7 +34,9 @@ def test_tokens_fit_the_page_and_one_more_would_not(geometry, name):
 
 def test_design_example_head_size_128():
     geometry = PageGeometry(16, 128, torch.bfloat16)
-    tokens = {n: parse_format(n, geometry).tokens_per_page for n in ("full", "r32", "r16", "i8", "i4")}
+    tokens = {
+        n: parse_format(n, geometry).tokens_per_page for n in ("full", "r32", "r16", "i8", "i4")
+    }
     assert tokens == {"full": 16, "r32": 64, "r16": 128, "i8": 31, "i4": 62}
     assert geometry.page_bytes == 8192
 
@@ -50,7 +52,9 @@ def test_rotations():
     }
 
 
-@pytest.mark.parametrize("name", ["", "r", "i3", "r0", "r64", "r100", "r6", "drop", "ful", "i8r4", "R16"])
+@pytest.mark.parametrize(
+    "name", ["", "r", "i3", "r0", "r64", "r100", "r6", "drop", "ful", "i8r4", "R16"]
+)
 def test_wrong_names_are_refused_by_name(name):
     with pytest.raises(FormatError, match="formats"):
         parse_format(name, PageGeometry(16, 64, torch.bfloat16))

@@ -9,7 +9,9 @@ from mdkv_vllm.core.layout import LeaseLayout
 @given(
     st.integers(1, 12),
     st.integers(1, 8),
-    st.sampled_from([("drop", "i4", "full"), ("i2", "i4", "i8", "full"), ("drop", "r8", "r16", "full")]),
+    st.sampled_from(
+        [("drop", "i4", "full"), ("i2", "i4", "i8", "full"), ("drop", "r8", "r16", "full")]
+    ),
     st.sampled_from([0, 16]),
     st.integers(0, 6),
 )

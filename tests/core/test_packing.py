@@ -18,7 +18,9 @@ def test_round_trip(name, dtype, head_size, tokens):
     keys, values = torch.randn(2, tokens, fmt.rank)
     pages = pack_list(keys, values, fmt, geometry)
     assert pages.shape == (fmt.pages(tokens), geometry.page_bytes)
-    for read, written in zip(unpack_list(pages, tokens, fmt, geometry), (keys, values), strict=True):
+    for read, written in zip(
+        unpack_list(pages, tokens, fmt, geometry), (keys, values), strict=True
+    ):
         if fmt.quantised:
             codes, scales = quantise(written, fmt.bits)
             expected = dequantise(codes, scales, fmt.zero)

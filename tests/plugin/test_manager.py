@@ -59,9 +59,7 @@ def make_request(name, prompt, budget=None):
     extra = {REQUEST_BUDGET: budget} if budget else None
     params = SamplingParams(max_tokens=100, extra_args=extra)
     admit(params, CONFIG)
-    return Request(
-        name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256)
-    )
+    return Request(name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256))
 
 
 def document(which, length):
@@ -226,7 +224,9 @@ def test_freed_blocks_keep_their_hash_and_the_lease_is_recomputed():
     run_prompt(manager, first)
     manager.remove_skipped_blocks("a", 320, 320)
     assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - (20 - plan.first_lease_block)
-    assert run_prompt(manager, make_request("b", document(0, 320))) == plan.first_lease_block * BLOCK
+    assert (
+        run_prompt(manager, make_request("b", document(0, 320))) == plan.first_lease_block * BLOCK
+    )
 
 
 def test_budget_above_the_default_reads_no_prefix_cache():

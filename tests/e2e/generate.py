@@ -1,0 +1,39 @@
+"""Run one offline engine in a process of its own: JSON arguments in, JSON result out.
+
+``{"engine": {...LLM arguments}, "prompts": [[ids]], "max_tokens": n, "result": path}``
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+
+def main():
+    job = json.loads(sys.argv[1])
+    llm = LLM(**job["engine"], enforce_eager=True)
+    parameters = SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+    outputs = llm.generate(prompts, parameters, use_tqdm=False)
+    result = {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "texts": [o.outputs[0].text for o in outputs],
+        "logprobs": [
+            [
+                sorted((p.logprob for p in step.values()), reverse=True)
+                for step in o.outputs[0].logprobs
+            ]
+            for o in outputs
+        ],
+        "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+    }
+    if job["engine"].get("attention_backend") == "mixeddim":
+        result["status"] = llm.collective_rpc("mixeddim_status")[0]
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

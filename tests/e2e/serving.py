@@ -1,0 +1,130 @@
+"""Start, drive and stop a vLLM server."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from mdkv_vllm.calibrate.command import reference_text
+
+START_SECONDS = 600
+NEEDLE = "The secret access code of the library is {}."
+PRIMER = "The secret access code of the library is"
+
+
+def vllm_command():
+    return str(Path(sys.executable).parent / "vllm")
+
+
+def environment():
+    return {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_PLUGINS": "mixeddim",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+class Server:
+    """``vllm serve MODEL --attention-backend mixeddim`` on a free port of this machine."""
+
+    def __init__(self, model, settings, *arguments):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.command = [
+            vllm_command(), "serve", str(model), "--host=127.0.0.1", f"--port={port}",
+            "--served-model-name=model", "--enforce-eager", "--attention-backend=mixeddim",
+            "--additional-config", json.dumps({"mixeddim": settings}), *arguments,
+        ]  # fmt: skip
+        self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment(),
+            start_new_session=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            try:
+                self.get("/health")
+                return self
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    self.__exit__()
+                    raise AssertionError(f"no server:\n{self.log_text()[-5000:]}") from None
+                time.sleep(0.5)
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            self.process.wait(timeout=120)
+
+    def log_text(self):
+        return Path(self.log.name).read_text()
+
+    def get(self, path):
+        with urllib.request.urlopen(self.url + path, timeout=60) as reply:
+            return reply.read().decode()
+
+    def post(self, path, **body):
+        """Status and JSON body."""
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps({"model": "model", **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                return reply.status, json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def complete(self, prompt, budget=None, max_tokens=16, **body):
+        """The completion, as vLLM answers it."""
+        extra = {"mixeddim_budget": budget} if budget else {}
+        status, answer = self.post(
+            "/v1/completions", prompt=prompt, max_tokens=max_tokens, vllm_xargs=extra,
+            **{"temperature": 0, **body},
+        )  # fmt: skip
+        assert status == 200, answer
+        return answer
+
+    def text(self, prompt, budget=None, **body):
+        return self.complete(prompt, budget, **body)["choices"][0]["text"]
+
+    def metric(self, name):
+        """Sum of a metric's samples."""
+        lines = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)$", self.get("/metrics"), re.M)
+        return sum(map(float, lines))
+
+    def status(self):
+        return json.loads(self.get("/mixeddim/status"))
+
+
+def haystack(tokenizer, num_tokens, needle, depth, skip=20_000):
+    """A chat prompt of about ``num_tokens`` tokens that hides a needle; token ids."""
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    head = encode("<|im_start|>user\n")
+    tail = encode(
+        "\nWhat is the secret access code of the library?<|im_end|>\n"
+        f"<|im_start|>assistant\n{PRIMER}"
+    )
+    middle = encode(f"\n\n{NEEDLE.format(needle)}\n\n")
+    filler = encode(reference_text()[skip : skip + 8 * num_tokens])
+    filler = filler[: num_tokens - len(head) - len(tail) - len(middle)]
+    at = int(depth * len(filler))
+    return head + filler[:at] + middle + filler[at:] + tail

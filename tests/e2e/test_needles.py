@@ -1,0 +1,33 @@
+"""7-digit needles through the real server: found about as often as with a full cache.
+
+The first token of an answer comes from prefill and never sees compression; a digit is a
+token, so all seven digits come from the compressed cache but perhaps the first.
+"""
+
+import random
+
+import pytest
+from serving import haystack
+from transformers import AutoTokenizer
+
+DEPTHS = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 0.97]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("num_tokens", [1024, 2048, 4096])
+def test_needles_are_found(server, model_folder, num_tokens):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    numbers = random.Random(num_tokens)
+    found = {1.0: 0, 0.5: 0, 0.3: 0}
+    for depth in DEPTHS:
+        needle = str(numbers.randint(1_000_000, 9_999_999))
+        prompt = haystack(tokenizer, num_tokens, needle, depth)
+        for budget in found:
+            found[budget] += needle in server.text(prompt, budget)
+    assert found[1.0] >= 8, f"the full cache itself fails: {found}"
+    assert found[0.5] >= found[1.0] - 1, found
+    assert found[0.3] >= found[1.0] - 1, found
+    reports = server.status()["recent"][-2 * len(DEPTHS) :]
+    shares = sorted(round(r["kept_share"], 2) for r in reports)
+    assert shares[0] <= 0.3
+    assert shares[-1] <= 0.5

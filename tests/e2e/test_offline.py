@@ -1,0 +1,90 @@
+"""``LLM(..., attention_backend="mixeddim")`` beside stock vLLM, each in its own process."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving import environment, haystack
+from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture(scope="module")
+def prompts(model_folder):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return [
+        haystack(tokenizer, tokens, 3141592 + tokens, 0.3, skip=30_000 + 1000 * tokens)
+        for tokens in (40, 200, 700, 1100, 1101)
+    ]
+
+
+def generate(tmp_path, model, prompts, max_tokens=48, **engine):
+    result = tmp_path / "result.json"
+    job = {
+        "engine": {"model": str(model), "dtype": "float32", "max_model_len": 2048, **engine},
+        "prompts": prompts,
+        "max_tokens": max_tokens,
+        "result": str(result),
+    }
+    script = Path(__file__).parent / "generate.py"
+    run = subprocess.run(
+        [sys.executable, str(script), json.dumps(job)], env=environment(),
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads(result.read_text())
+
+
+def test_full_budget_answers_as_stock_does(tmp_path, model_folder, prompts):
+    """Greedy and token by token; a difference must be a tie in stock's own probabilities."""
+    stock = generate(tmp_path, model_folder, prompts)
+    ours = generate(
+        tmp_path, model_folder, prompts, attention_backend="mixeddim",
+        additional_config={"mixeddim": {"budget": 1.0}},
+    )  # fmt: skip
+    same = 0
+    for theirs, mine, logprobs in zip(
+        stock["tokens"], ours["tokens"], stock["logprobs"], strict=True
+    ):
+        differing = [i for i, (a, b) in enumerate(zip(theirs, mine, strict=True)) if a != b]
+        same += not differing
+        if differing:
+            first, second = logprobs[differing[0]][:2]
+            assert first - second < 1e-3, f"differs at {differing[0]}, gap {first - second}"
+    assert same >= len(prompts) - 1
+
+
+def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
+    """150 blocks hold two long prompts uncompressed; with leases all five run and finish."""
+    result = generate(
+        tmp_path, model_folder, prompts * 2, max_tokens=150, attention_backend="mixeddim",
+        kv_cache_dtype="bfloat16", num_gpu_blocks_override=150,
+        additional_config={"mixeddim": {"budget": 0.3}},
+    )  # fmt: skip
+    assert result["preemptions"] > 0, "the cache was not tight enough to test anything"
+    assert all(len(tokens) == 150 for tokens in result["tokens"])
+    for index, tokens in enumerate((40, 200, 700, 1100, 1101)):
+        assert str(3141592 + tokens) in result["texts"][index]
+        assert str(3141592 + tokens) in result["texts"][index + 5]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"budget": 0.5, "formats": "paper", "basis": "prompt", "loss": "paper"},
+        {"budget": 0.4, "formats": ["r32i8", "i8", "full"], "basis": "prompt", "loss": "pooled"},
+    ],
+)
+def test_other_formats_serve_too(tmp_path, model_folder, prompts, settings):
+    result = generate(
+        tmp_path, model_folder, prompts[2:4], max_tokens=16, attention_backend="mixeddim",
+        kv_cache_dtype="bfloat16", additional_config={"mixeddim": settings},
+    )  # fmt: skip
+    reports = result["status"]["recent"]
+    assert [r["prompt_tokens"] for r in reports] == [700, 1100]
+    assert all(r["kept_share"] <= settings["budget"] for r in reports)
+    used = {name for r in reports for name, count in r["tokens"].items() if count}
+    assert len(used) >= 2

@@ -45,7 +45,7 @@ def window_logits(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> to
     Returns:
         float32 ``[kv_heads, window * group, tokens]``, ``-inf`` above the diagonal.
     """
-    heads, window, group, _ = queries.shape
+    _, window, group, _ = queries.shape
     logits = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).mul_(scale)
     if window > 1:
         hidden = torch.ones(window, window, dtype=torch.bool).triu_(1).repeat_interleave(group, 0)

@@ -34,7 +34,7 @@ class CpuKernels:
         scale: float,
         variant: str,
     ) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`; no score matrix is written out."""
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`; writes out no score matrix."""
         return torch.ops.mdkv.loss_sums(
             queries.flatten(1, 2),
             keys,

@@ -17,7 +17,6 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from mdkv_vllm.config import ConfigError, MixedDimConfig
 from mdkv_vllm.ops.cpu import store_kv
-from mdkv_vllm.ops.prefill import prefill_attention
 from mdkv_vllm.plugin.metadata import MixedDimMetadata
 from mdkv_vllm.plugin.registration import BACKEND_NAME
 from mdkv_vllm.plugin.runtime import current_runtime
@@ -204,17 +203,7 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         runtime = current_runtime()
         layer_index = runtime.layer_of(kv_cache)
         for prefill in attn_metadata.prefills:
-            chunk = slice(prefill.start, prefill.stop)
-            prefill_attention(
-                query[chunk],
-                key[chunk],
-                value[chunk],
-                kv_cache,
-                prefill.context_blocks,
-                prefill.context_tokens,
-                self.scale,
-                output[chunk],
-            )
+            prefill.attend(query, key, value, kv_cache, self.scale, output)
         for capture in attn_metadata.captures:
             capture.copy(layer_index, query)
         if attn_metadata.decode is not None:

@@ -6,22 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-
-@dataclass(frozen=True)
-class Prefill:
-    """Prompt tokens of one request, attending to their context and to each other.
-
-    Attributes:
-        start: first query token in the batch.
-        stop: one past the last.
-        context_tokens: tokens already in the cache before them.
-        context_blocks: int32 block ids that hold the context.
-    """
-
-    start: int
-    stop: int
-    context_tokens: int
-    context_blocks: torch.Tensor
+from mdkv_vllm.plugin.prefill import Prefill
 
 
 @dataclass(frozen=True)

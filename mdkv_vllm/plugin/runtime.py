@@ -13,7 +13,8 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.ops import cpu
 from mdkv_vllm.ops.compress import CpuKernels
-from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, Prefill
+from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata
+from mdkv_vllm.plugin.prefill import Prefill
 from mdkv_vllm.plugin.rows import BatchRows, Row
 from mdkv_vllm.policy import Policy
 

@@ -96,8 +96,9 @@ def _lagrangian(
 
     Returns:
         Option of each token at the least price that asks for no more pages than there
-        are, int64 ``[kv_heads, span]``; tokens wanted per head and option when the pages left at that
-        price are given to tokens that would take them at any lower one; and the dual's value.
+        are, int64 ``[kv_heads, span]``; tokens wanted per head and option when the pages left
+        at that price are given to tokens that would take them at any lower one; and the
+        dual's value.
     """
     costs = torch.tensor([1.0 / c if c else 0.0 for c in capacity], dtype=torch.float64)
     low, high = _bisect_price(losses, costs, num_pages)

@@ -74,18 +74,14 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
         budget: share of the prompt's bytes to keep.
     """
     geometry = PageGeometry(shape.block_size, shape.head_size, shape.dtype)
-    layout = LeaseLayout(
-        geometry, parse_formats(names, geometry), shape.layers, shape.kv_heads, 0
-    )
+    layout = LeaseLayout(geometry, parse_formats(names, geometry), shape.layers, shape.kv_heads, 0)
     rows, pages = shape.batch * shape.sets, layout.pages_per_block
     terms = LeaseTerms(shape.block_size, 32, 64, budget)
     plan = plan_lease(shape.tokens, terms)
     first, tail = (plan.first_lease_block, plan.tail_block) if plan else (0, 0)
     held = -(-shape.tokens // shape.block_size) - first
     num_blocks = rows * held
-    arena = torch.empty(
-        num_blocks, pages, shape.block_size, 2 * shape.head_size, dtype=shape.dtype
-    )
+    arena = torch.empty(num_blocks, pages, shape.block_size, 2 * shape.head_size, dtype=shape.dtype)
     for block in arena:
         block.normal_()
     block_table = torch.zeros(rows, first + held, dtype=torch.int32)
@@ -246,7 +242,10 @@ def report(shape: Shape, variants: list[Variant]) -> list[dict[str, float | str]
     baseline = next((v for v in variants if v.name.startswith("stock")), None)
     rows: list[dict[str, float | str]] = []
     print(f"\nbatch {shape.batch}, {shape.tokens} tokens, {shape.layers} layers")
-    print(f"{'variant':>22} {'ms/step':>9} {'best':>9} {'MB/step':>9} {'GB/s':>7} {'of copy':>8} {'speed':>7}")
+    print(
+        f"{'variant':>22} {'ms/step':>9} {'best':>9} {'MB/step':>9} "
+        f"{'GB/s':>7} {'of copy':>8} {'speed':>7}"
+    )
     for variant in variants:
         seconds = medians[variant.name]
         rate = variant.step_bytes / seconds / 1e9
@@ -264,7 +263,8 @@ def report(shape: Shape, variants: list[Variant]) -> list[dict[str, float | str]
             row["speed_over_stock"] = medians[baseline.name] / seconds
             speed = f"{row['speed_over_stock']:.2f}x"
         print(
-            f"{variant.name:>22} {seconds * 1e3:9.3f} {min(variant.seconds) * 1e3:9.3f} {variant.step_bytes / 1e6:9.1f} "
+            f"{variant.name:>22} {seconds * 1e3:9.3f} {min(variant.seconds) * 1e3:9.3f} "
+            f"{variant.step_bytes / 1e6:9.1f} "
             f"{rate:7.1f} {rate / copy:8.0%} {speed:>7}"
         )
         rows.append(row)

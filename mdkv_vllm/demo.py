@@ -131,10 +131,11 @@ def ask(url: str, model: str, extra: dict[str, Any], console: Console) -> Run:
         extra: ``vllm_xargs``.
         console: where the answer is printed as it comes.
     """
+    question = f"{document()}\n{QUESTION}"
     # The salt keeps runs apart in the prefix cache, so that both prefill the whole prompt.
     body = {
         "model": model,
-        "prompt": f"<|im_start|>user\n{document()}\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n{PRIMER}",
+        "prompt": f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n{PRIMER}",
         "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
         "ignore_eos": True,

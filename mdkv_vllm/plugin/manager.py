@@ -23,10 +23,10 @@ from mdkv_vllm.core.plan import LeasePlan
 class MixedDimManager(FullAttentionManager):
     """Full attention whose compressed prompts give blocks back in mid-request."""
 
-    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(kv_cache_spec, **kwargs)
         self._policy = kv_cache_spec.policy
-        self._hashes_blocks = self.enable_caching
+        self._hashes_blocks: bool = kwargs["enable_caching"]
         # cache_blocks is the one call that shows a manager the request itself, and vLLM makes
         # it only where caching is enabled; whether blocks are hashed is decided below.
         self.enable_caching = True
@@ -68,7 +68,7 @@ class MixedDimManager(FullAttentionManager):
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
         kv_cache_spec: KVCacheSpec,
-        **kwargs: Any,
+        **kwargs: Any,  # noqa: ANN401
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Find the longest cached prefix that ends before the request's own lease.
 

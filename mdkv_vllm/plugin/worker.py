@@ -38,11 +38,12 @@ class MixedDimCPUWorker(CPUWorker):
         """Allocate the cache as vLLM does, then set up the runtime over it."""
         super().initialize_from_config(kv_cache_config)
         layers = attention_layers(self.vllm_config)
-        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-        if len(kv_cache_config.kv_cache_groups) != 1 or not isinstance(spec, MixedDimSpec):
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        spec = specs[0]
+        if len(specs) != 1 or not isinstance(spec, MixedDimSpec):
             raise ConfigError(
                 "--attention-backend mixeddim needs one group of full-attention layers; this "
-                f"model has {[type(g.kv_cache_spec).__name__ for g in kv_cache_config.kv_cache_groups]}"
+                f"model has {[type(s).__name__ for s in specs]}"
             )
         scales = {layer.impl.scale for layer in layers}
         if len(scales) != 1:

@@ -12,7 +12,7 @@ from vllm import LLM, SamplingParams
 
 def main():
     job = json.loads(sys.argv[1])
-    llm = LLM(**job["engine"], enforce_eager=True)
+    llm = LLM(**job["engine"], enforce_eager=True, disable_log_stats=False)
     parameters = SamplingParams(
         temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2
     )

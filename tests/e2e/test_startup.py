@@ -26,19 +26,19 @@ def failed_start(model, *arguments):
     return run.stdout + run.stderr
 
 
+SPECULATIVE = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--additional-config={\"mixeddim\": {\"bugdet\": 0.3}}"], "did you mean budget"),
-        (["--additional-config={\"mixeddim\": {\"budget\": 7}}"], "mixeddim.budget is 7"),
-        (["--additional-config={\"mixeddim\": {\"formats\": [\"r7\"]}}"], "multiples of 4"),
+        (['--additional-config={"mixeddim": {"bugdet": 0.3}}'], "did you mean budget"),
+        (['--additional-config={"mixeddim": {"budget": 7}}'], "mixeddim.budget is 7"),
+        (['--additional-config={"mixeddim": {"formats": ["r7"]}}'], "multiples of 4"),
         (["--kv-cache-dtype=fp8"], "--kv-cache-dtype fp8"),
-        (
-            ["--speculative-config={\"method\": \"ngram\", \"num_speculative_tokens\": 2, \"prompt_lookup_max\": 3}"],
-            "--speculative-config",
-        ),
+        (["--speculative-config", SPECULATIVE], "--speculative-config"),
     ],
-)  # fmt: skip
+)
 def test_settings(model_folder, arguments, named):
     assert named in failed_start(model_folder, *arguments)
 

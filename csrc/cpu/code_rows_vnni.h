@@ -19,11 +19,6 @@ MDKV_INLINE __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
-MDKV_INLINE __m512i dot4(__m512i sums, __m512i codes, __m512i weights) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(weights));
-  return sums;
-}
-
 // Sums of kGroup query heads over two vectors: 32 positions of whole bytes, or 16 positions of two
 // neighbouring fields. More would not stay in registers.
 template <int kBits, int kBlocks, int kGroup>
@@ -43,13 +38,8 @@ struct CodeSums {
                        int count, const int8_t* weights_high, const int8_t* weights_low,
                        int64_t weights_stride, Prefetcher& prefetcher) {
     const __m512i mask = field_mask(first_field), next_mask = field_mask(first_field + 1);
-    Prefetcher ahead = prefetcher;
-    __m512i upper_sums[kGroup][kVectors], lower_sums[kGroup][kVectors];
-    for (int g = 0; g < kGroup; ++g) {
-      for (int v = 0; v < kVectors; ++v) upper_sums[g][v] = high[g][v], lower_sums[g][v] = low[g][v];
-    }
     for (int r = 0; r < count; r += 4, row += 4 * interleave.row_bytes()) {
-      ahead.step(kBlocks);
+      prefetcher.step(kBlocks);
       __m512i codes[2];
       interleave.load(row, codes);
       if constexpr (kFields == 2) {
@@ -60,15 +50,11 @@ struct CodeSums {
         const __m512i upper = broadcast4(weights_high + g * weights_stride + r);
         const __m512i lower = broadcast4(weights_low + g * weights_stride + r);
         for (int v = 0; v < kVectors; ++v) {
-          upper_sums[g][v] = dot4(upper_sums[g][v], codes[v], upper);
-          lower_sums[g][v] = dot4(lower_sums[g][v], codes[v], lower);
+          high[g][v] = _mm512_dpbusd_epi32(high[g][v], codes[v], upper);
+          low[g][v] = _mm512_dpbusd_epi32(low[g][v], codes[v], lower);
         }
       }
     }
-    for (int g = 0; g < kGroup; ++g) {
-      for (int v = 0; v < kVectors; ++v) high[g][v] = upper_sums[g][v], low[g][v] = lower_sums[g][v];
-    }
-    prefetcher = ahead;
   }
 
   // Calls body(vector, block, field) for each vector that starts within a row's bytes.

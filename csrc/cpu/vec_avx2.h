@@ -99,6 +99,13 @@ MDKV_INLINE void store_elements(BFloat16* p, Vec v) {
   for (int i = 0; i < kWidth; ++i) p[i] = from_float<BFloat16>(lanes[i]);
 }
 
+// Whole numbers below 256 as bytes.
+MDKV_INLINE void store_codes(uint8_t* p, Vec v) {
+  const __m256i whole = _mm256_cvtps_epi32(v);
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
 // Field `field` of the bytes at p, as floats.
 template <int kBits>
 MDKV_INLINE Vec load_codes(const uint8_t* p, int field) {

@@ -107,6 +107,10 @@ MDKV_INLINE void store_elements(BFloat16* p, Vec v) {
   for (int i = 0; i < kWidth; ++i) p[i] = from_float<BFloat16>(lanes[i]);
 }
 
+// Whole numbers below 256 as bytes.
+MDKV_INLINE void store_codes(uint8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
 // Field `field` of the bytes at p, as floats.
 template <int kBits>
 MDKV_INLINE Vec load_codes(const uint8_t* p, int field) {

@@ -102,6 +102,10 @@ MDKV_INLINE void store_elements(E* p, Vec v) {
   for (int i = 0; i < kWidth; ++i) p[i] = from_float<E>(v[i]);
 }
 
+// Whole numbers below 256 as bytes.
+MDKV_INLINE void store_codes(uint8_t* p, Vec v) {
+  for (int i = 0; i < kWidth; ++i) p[i] = static_cast<uint8_t>(static_cast<int>(v[i]));
+}
 // Field `field` of the bytes at p, as floats.
 template <int kBits>
 MDKV_INLINE Vec load_codes(const uint8_t* p, int field) {

@@ -19,6 +19,13 @@ MDKV_INLINE __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// sums[i] += dot product of four codes and four weights. As an intrinsic GCC 12 would copy every
+// sum twice in the innermost loop.
+MDKV_INLINE __m512i dot4(__m512i sums, __m512i codes, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(weights));
+  return sums;
+}
+
 // Sums of kGroup query heads over two vectors: 32 positions of whole bytes, or 16 positions of two
 // neighbouring fields. More would not stay in registers.
 template <int kBits, int kBlocks, int kGroup>
@@ -50,8 +57,8 @@ struct CodeSums {
         const __m512i upper = broadcast4(weights_high + g * weights_stride + r);
         const __m512i lower = broadcast4(weights_low + g * weights_stride + r);
         for (int v = 0; v < kVectors; ++v) {
-          high[g][v] = _mm512_dpbusd_epi32(high[g][v], codes[v], upper);
-          low[g][v] = _mm512_dpbusd_epi32(low[g][v], codes[v], lower);
+          high[g][v] = dot4(high[g][v], codes[v], upper);
+          low[g][v] = dot4(low[g][v], codes[v], lower);
         }
       }
     }

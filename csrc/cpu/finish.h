@@ -19,7 +19,8 @@ inline void merge(const DecodeArgs& args, Partial* parts, int64_t num_parts) {
     for (int64_t p = 0; p < num_parts; ++p) top = parts[p].max[g] > top ? parts[p].max[g] : top;
     float total = 0.0f;
     for (int64_t p = 0; p < num_parts; ++p) {
-      const float factor = parts[p].sum[g] > 0.0f ? __builtin_exp2f(parts[p].max[g] - top) : 0.0f;
+      // Not `> 0`: a sum that is no number must show.
+      const float factor = parts[p].sum[g] != 0.0f ? __builtin_exp2f(parts[p].max[g] - top) : 0.0f;
       total += factor * parts[p].sum[g];
       for (int space = 0; space < 3; ++space) {
         const int64_t width = whole.width[space];
@@ -36,7 +37,7 @@ inline void merge(const DecodeArgs& args, Partial* parts, int64_t num_parts) {
     }
     for (int space = 0; space < 3; ++space) {
       const int64_t width = whole.width[space];
-      scale_row(whole.out[space] + g * width, width, total > 0.0f ? 1.0f / total : 0.0f);
+      scale_row(whole.out[space] + g * width, width, total != 0.0f ? 1.0f / total : 0.0f);
     }
     whole.max[g] = top;
     whole.sum[g] = total;
@@ -72,8 +73,8 @@ inline void finish(const DecodeArgs& args, const Unit& unit, Partial* parts, int
     if (args.output.type == Element::kFloat16) write_row<Half>(from, args.head_size, row);
     if (args.lse != nullptr) {
       args.lse[unit.query * args.num_kv_heads * args.group + head] =
-          whole.sum[g] > 0.0f ? kLn2 * (whole.max[g] + __builtin_log2f(whole.sum[g]))
-                              : kMinusInfinity;
+          whole.sum[g] != 0.0f ? kLn2 * (whole.max[g] + __builtin_log2f(whole.sum[g]))
+                               : kMinusInfinity;
     }
   }
 }

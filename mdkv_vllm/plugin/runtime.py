@@ -6,7 +6,6 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from vllm.logger import init_logger
 
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import Compressor
@@ -17,8 +16,6 @@ from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata
 from mdkv_vllm.plugin.prefill import Prefill
 from mdkv_vllm.plugin.rows import BatchRows, Row
 from mdkv_vllm.policy import Policy
-
-logger = init_logger(__name__)
 
 _RECENT = 64
 """Compressions remembered for reports."""

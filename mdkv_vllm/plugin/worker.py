@@ -21,7 +21,8 @@ from mdkv_vllm.plugin.runtime import Runtime, install_runtime
 from mdkv_vllm.plugin.spec import MixedDimSpec
 from mdkv_vllm.policy import Policy
 
-logger = init_logger(__name__)
+# vLLM shows only what loggers below its own name say.
+logger = init_logger(f"vllm.{__name__}")
 
 
 class MixedDimCPUWorker(CPUWorker):

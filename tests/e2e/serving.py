@@ -127,4 +127,5 @@ def haystack(tokenizer, num_tokens, needle, depth, skip=20_000):
     filler = encode(reference_text()[skip : skip + 8 * num_tokens])
     filler = filler[: num_tokens - len(head) - len(tail) - len(middle)]
     at = int(depth * len(filler))
+    assert len(head + filler + middle + tail) == num_tokens, "the text ends before the prompt does"
     return head + filler[:at] + middle + filler[at:] + tail

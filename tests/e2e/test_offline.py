@@ -16,7 +16,7 @@ pytestmark = pytest.mark.server
 def prompts(model_folder):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     return [
-        haystack(tokenizer, tokens, 3141592 + tokens, 0.3, skip=30_000 + 1000 * tokens)
+        haystack(tokenizer, tokens, 3141592 + tokens, 0.3, skip=30_000 + 40 * tokens)
         for tokens in (40, 200, 700, 1100, 1101)
     ]
 
@@ -58,10 +58,11 @@ def test_full_budget_answers_as_stock_does(tmp_path, model_folder, prompts):
 
 
 def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
-    """150 blocks hold two long prompts uncompressed; with leases all five run and finish."""
+    """130 blocks hold one long prompt and a few leases: requests are preempted, resumed,
+    compressed again, and still find what their prompts hide."""
     result = generate(
         tmp_path, model_folder, prompts * 2, max_tokens=150, attention_backend="mixeddim",
-        kv_cache_dtype="bfloat16", num_gpu_blocks_override=150,
+        kv_cache_dtype="bfloat16", num_gpu_blocks_override=130,
         additional_config={"mixeddim": {"budget": 0.3}},
     )  # fmt: skip
     assert result["preemptions"] > 0, "the cache was not tight enough to test anything"

@@ -1,5 +1,7 @@
 """The decode kernel against the float64 reference, on random ragged leases."""
 
+import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -140,6 +142,12 @@ class Case:
             raw = rows.to(model.dtype).contiguous().view(torch.uint8).flatten()
             first = layout.basis_first_page + pair * per_head
             pages[first : first + per_head].view(-1)[: raw.numel()] = raw
+
+    def swap_blocks(self, a: int, b: int) -> None:
+        """Exchange two blocks, so that another one is the last of the arena."""
+        self.arena[[a, b]] = self.arena[[b, a]]
+        table = self.block_table.clone()
+        self.block_table[table == a], self.block_table[table == b] = b, a
 
     def check(self, rows: list[int], lengths: list[int], layer: int = 1) -> None:
         """Compare kernel and reference for queries of some rows and lengths."""
@@ -292,7 +300,37 @@ def test_large_scores_do_not_overflow():
     case.check([0], case.totals)
 
 
-def decode_nothing(case: Case, **changes: torch.Tensor | int | float) -> torch.Tensor:
+def test_nan_is_not_hidden():
+    case = Case(Model(), [Request(0, 50)])
+    case.arena[case.block_table[0, 0].long(), 0, 3] = torch.nan
+    output = decode_one(case)
+    assert output[:, : case.model.group].isnan().all()
+    assert not output[:, case.model.group :].isnan().any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("head_size", "block_size"), [(64, 16), (32, 8), (72, 16), (128, 32)])
+def test_reads_nothing_past_the_arena(dtype: torch.dtype, head_size: int, block_size: int):
+    """Kernels read whole vectors; the page behind the arena here would stop the process."""
+    names = ("r4", "r8i4", "i8", "i4", "i2", "full")
+    model = Model(names, head_size, dtype=dtype, block_size=block_size)
+    blocks = model.layout().min_blocks + 4
+    case = Case(model, [Request(blocks, 48), Request(blocks, 3, fill=1.0)])
+    size = -(-case.arena.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    region = mmap.mmap(-1, size + mmap.PAGESIZE)
+    raw = torch.frombuffer(region, dtype=torch.uint8)
+    protect = ctypes.CDLL(None).mprotect
+    assert protect(ctypes.c_void_p(raw.data_ptr() + size), mmap.PAGESIZE, 0) == 0
+    guarded = raw[size - case.arena.nbytes : size].view(dtype).view(case.arena.shape)
+    case.arena = guarded.copy_(case.arena)
+    for block in case.block_table[case.block_table >= 0].tolist():
+        case.swap_blocks(block, case.arena.shape[0] - 1)
+        case.check([0, 1], case.totals)
+    protect(ctypes.c_void_p(raw.data_ptr() + size), mmap.PAGESIZE, 3)
+
+
+def decode_one(case: Case, **changes: torch.Tensor | int | float) -> torch.Tensor:
     """Call the operator for one query, with some arguments replaced."""
     model = case.model
     output = torch.full((1, model.kv_heads * model.group, model.head_size), torch.nan)
@@ -317,7 +355,7 @@ def decode_nothing(case: Case, **changes: torch.Tensor | int | float) -> torch.T
 
 def test_length_zero_gives_zeros():
     case = Case(Model(), [Request(4, 5)])
-    output = decode_nothing(case, lengths=torch.zeros(1, dtype=torch.int32))
+    output = decode_one(case, lengths=torch.zeros(1, dtype=torch.int32))
     assert (output == 0).all()
 
 
@@ -340,7 +378,7 @@ def test_wrong_arguments_are_named(name: str, value: torch.Tensor | int):
     case = Case(Model(), [Request(4, 5)])
     named = "block_table" if name == "lengths" and value.dtype == torch.int32 else name
     with pytest.raises(RuntimeError, match=named):
-        decode_nothing(case, **{name: value})
+        decode_one(case, **{name: value})
 
 
 def test_corrupt_page_table_is_refused():
@@ -348,7 +386,7 @@ def test_corrupt_page_table_is_refused():
     first = case.block_table[0, case.leases[0, 0]].long()
     case.arena[first].view(torch.uint8).view(-1)[:8] = 0x7F
     with pytest.raises(RuntimeError, match="page table of row 0"):
-        decode_nothing(case)
+        decode_one(case)
 
 
 @pytest.mark.skipif("MDKV_CPU_ISA" in os.environ, reason="already one of them")

@@ -17,7 +17,7 @@ def prompts(model_folder):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     return [
         haystack(tokenizer, tokens, 3141592 + tokens, 0.3, skip=30_000 + 40 * tokens)
-        for tokens in (40, 200, 700, 1100, 1101)
+        for tokens in (100, 200, 700, 1100, 1101)
     ]
 
 
@@ -67,7 +67,7 @@ def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
     )  # fmt: skip
     assert result["preemptions"] > 0, "the cache was not tight enough to test anything"
     assert all(len(tokens) == 150 for tokens in result["tokens"])
-    for index, tokens in enumerate((40, 200, 700, 1100, 1101)):
+    for index, tokens in enumerate((100, 200, 700, 1100, 1101)):
         assert str(3141592 + tokens) in result["texts"][index]
         assert str(3141592 + tokens) in result["texts"][index + 5]
 

@@ -26,12 +26,14 @@ lint:
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
+bench: MODEL := models/SmolLM2-135M-Instruct
 bench:
 	scripts/setup-cpu.sh --dev
 	mkdir -p results
-	$(BIN)/python benchmarks/decode_kernel.py --out results/decode_kernel.json
-	$(BIN)/python benchmarks/prefill.py --out results/prefill.json
-	$(BIN)/python benchmarks/serving.py --out results/serving.json
+	$(BIN)/mdkv prepare-model --out $(MODEL)
+	$(BIN)/python benchmarks/decode_kernel.py --json results/decode_kernel.json
+	$(BIN)/python benchmarks/prefill.py --model $(MODEL) --out results/prefill.json
+	$(BIN)/python benchmarks/serving.py --model $(MODEL) --out results/serving.json
 
 clean:
 	rm -rf .venv build models results *.egg-info mdkv_vllm/_cpu*.so

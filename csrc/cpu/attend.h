@@ -64,7 +64,7 @@ class Attention {
     } else {
       score_rows<Elements<E>>(args_, tile, query, nullptr, scratch_, prefetcher);
     }
-    soften(tile, -1);
+    softmax(tile, -1);
     const int64_t row = format.rank * int64_t{sizeof(E)};
     add_values<Elements<E>>(tile, slots ? row : format.section_bytes, slots ? 2 * row : row,
                             format.rank, args_.group, false, scratch_, out, width, prefetcher);
@@ -77,18 +77,18 @@ class Attention {
     const int64_t scales = 2 * format.section_bytes + 2 * int64_t{format.tokens_per_page};
 #ifdef MDKV_VNNI
     score_codes<kBits>(args_, tile, query, zero_dot, scratch_, prefetcher);
-    soften(tile, scales);
+    softmax(tile, scales);
     add_code_values<kBits>(args_, tile, scratch_, out, width, prefetcher);
 #else
     score_rows<Codes<kBits>>(args_, tile, query, zero_dot, scratch_, prefetcher);
-    soften(tile, scales);
+    softmax(tile, scales);
     sum_weights(tile, format.zero(), args_.group, scratch_);
     add_values<Codes<kBits>>(tile, format.section_bytes, int64_t{format.rank} * kBits / 8,
                              format.rank, args_.group, true, scratch_, out, width, prefetcher);
 #endif
   }
 
-  void soften(const Tile& tile, int64_t scales_offset) {
+  void softmax(const Tile& tile, int64_t scales_offset) {
     mask_scores(tile, args_.group, scratch_);
     raise_maximum(tile, args_.group, scratch_, partial_);
     weigh(tile, scales_offset, args_.group, scratch_, partial_);

@@ -20,9 +20,7 @@ inline void score_full(const DecodeArgs& args, const Tile& tile, const SpaceQuer
   }
 }
 
-// Scores of dimension-major keys.
-//
-// row_bytes: of one dimension. zero_dot: [group], for codes. key_scales: offset in a page.
+// Scores of dimension-major keys. zero_dot: [group], for codes.
 template <typename Reader>
 inline void score_rows(const DecodeArgs& args, const Tile& tile, const SpaceQuery& query,
                        const float* zero_dot, TileScratch& scratch, Prefetcher& prefetcher) {

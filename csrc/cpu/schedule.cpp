@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -24,8 +26,9 @@ struct FreeDeleter {
 using Buffer = std::unique_ptr<char, FreeDeleter>;
 
 Buffer allocate(int64_t bytes) {
-  return Buffer(
-      static_cast<char*>(std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 64), 64))));
+  void* memory = std::aligned_alloc(64, round_up(std::max<int64_t>(bytes, 64), 64));
+  if (memory == nullptr) throw std::bad_alloc();
+  return Buffer(static_cast<char*>(memory));
 }
 
 // A unit that several tasks share.
@@ -45,10 +48,12 @@ struct Piece {
   Shared* shared;  // null where the unit is a single piece
 };
 
-// A run of pieces of about the same number of pages as any other task's. Where tasks begin and end
-// depends on the number of threads alone, and so does the rounding of a merge.
+// A run of pieces of about the same number of pages as any other task's. Where tasks begin and end,
+// and so the rounding of every merge, follows from the call and the number of threads, never from
+// which thread was faster.
 struct Task {
   int64_t first_piece, last_piece;
+  std::atomic<bool> taken{false};
 };
 
 struct ThreadScratch {
@@ -73,17 +78,21 @@ class Run {
     Carver count(nullptr);
     ThreadScratch::carve(args_, count);
     const int64_t bytes = count.used();
-    const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks_.size());
-    at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const int64_t num_tasks = tasks_.size();
+    const int64_t threads = std::min<int64_t>(at::get_num_threads(), num_tasks);
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       Buffer buffer = allocate(bytes);
       Carver carver(buffer.get());
       ThreadScratch scratch = ThreadScratch::carve(args_, carver);
-      const int64_t num_tasks = static_cast<int64_t>(tasks_.size());
-      for (int64_t i = next_.fetch_add(1); i < num_tasks; i = next_.fetch_add(1)) {
-        for (int64_t p = tasks_[i].first_piece; p < tasks_[i].last_piece; ++p) {
-          process(pieces_[p], p + 1 < tasks_[i].last_piece ? &pieces_[p + 1] : nullptr, scratch);
+      for (int64_t thread = begin; thread < end; ++thread) {
+        const int64_t first = num_tasks * thread / threads;
+        const int64_t last = num_tasks * (thread + 1) / threads;
+        for (int64_t i = first; i < last; ++i) {
+          run_task(i, i + 1 < last ? tasks_[i + 1].first_piece : -1, scratch);
         }
       }
+      // What is left belongs to slower threads, which are furthest from their last task.
+      for (int64_t i = num_tasks - 1; i >= 0; --i) run_task(i, -1, scratch);
     });
   }
 
@@ -99,9 +108,11 @@ class Run {
                                   ? 1
                                   : std::clamp<int64_t>(total * args_.page_bytes / kMinTaskBytes, 1,
                                                         threads * kTasksPerThread);
+    tasks_ = std::vector<Task>(num_tasks);
     int64_t unit = 0, done = 0, before = 0;  // pages done of the unit, and before it
     for (int64_t t = 0; t < num_tasks; ++t) {
-      const int64_t first = pieces_.size(), stop = total * (t + 1) / num_tasks;
+      const int64_t stop = total * (t + 1) / num_tasks;
+      tasks_[t].first_piece = pieces_.size();
       while (before + done < stop) {
         const int64_t left = weight(units_[unit]) - done;
         const int64_t taken = std::min(left, stop - before - done);
@@ -110,7 +121,7 @@ class Run {
         done += taken;
         if (taken == left) before += done, done = 0, ++unit;
       }
-      tasks_.push_back({first, static_cast<int64_t>(pieces_.size())});
+      tasks_[t].last_piece = pieces_.size();
     }
     share();
   }
@@ -144,19 +155,28 @@ class Run {
     }
   }
 
-  void process(const Piece& piece, const Piece* next, ThreadScratch& scratch) {
+  // Runs a task unless another thread did. next_piece: what this thread does after it, or -1.
+  void run_task(int64_t index, int64_t next_piece, ThreadScratch& scratch) {
+    Task& task = tasks_[index];
+    if (task.taken.exchange(true, std::memory_order_relaxed)) return;
+    for (int64_t p = task.first_piece; p < task.last_piece; ++p) {
+      const int64_t next = p + 1 < task.last_piece ? p + 1 : next_piece;
+      process(pieces_[p], next < 0 ? PageRun{} : page_run(pieces_[next]), scratch);
+    }
+  }
+
+  void process(const Piece& piece, const PageRun& next, ThreadScratch& scratch) {
     const Unit& unit = units_[piece.unit];
     const PageRun run = page_run(piece);
-    const PageRun next_run = next == nullptr ? PageRun{} : page_run(*next);
     if (piece.shared == nullptr) {
       kernels_.prepare(args_, unit, scratch.tile, scratch.prepared);
-      kernels_.attend(args_, run, next_run, scratch.prepared, scratch.tile, scratch.partial);
+      kernels_.attend(args_, run, next, scratch.prepared, scratch.tile, scratch.partial);
       kernels_.finish(args_, unit, &scratch.partial, 1, scratch.tile);
       return;
     }
     Shared& shared = *piece.shared;
     prepare_once(unit, shared, scratch);
-    kernels_.attend(args_, run, next_run, shared.prepared, scratch.tile, shared.parts[piece.part]);
+    kernels_.attend(args_, run, next, shared.prepared, scratch.tile, shared.parts[piece.part]);
     if (shared.parts_left.fetch_sub(1, std::memory_order_acq_rel) == 1) {
       kernels_.finish(args_, unit, shared.parts.data(), shared.parts.size(), scratch.tile);
     }
@@ -186,7 +206,6 @@ class Run {
   std::vector<Task> tasks_;
   std::vector<Shared> shared_;
   Buffer shared_buffer_;
-  std::atomic<int64_t> next_{0};
 };
 
 }  // namespace

@@ -151,12 +151,34 @@ class Server:
         Raises:
             BenchmarkError: the server refused it or did not answer.
         """
+        with self._send(path, body, seconds) as answer:
+            return json.load(answer)
+
+    def stream(
+        self, path: str, body: dict[str, Any], seconds: float = 300.0
+    ) -> Iterator[dict[str, Any]]:
+        """Send JSON and return the answer's events as they come.
+
+        Raises:
+            BenchmarkError: the server refused it or did not answer.
+        """
+        with self._send(path, body | {"stream": True}, seconds) as answer:
+            for line in answer:
+                data = line.decode().removeprefix("data: ").strip()
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
+    @contextlib.contextmanager
+    def _send(
+        self, path: str, body: dict[str, Any], seconds: float
+    ) -> Iterator[http.client.HTTPResponse]:
         request = urllib.request.Request(
             f"{self.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=seconds) as answer:
-                return json.load(answer)
+                yield answer
+            return
         except urllib.error.HTTPError as error:
             reason = f"{error} {error.read()[:500]!r}"
         except (OSError, http.client.HTTPException) as error:

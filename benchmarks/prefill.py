@@ -1,11 +1,11 @@
-"""Time to first token of long prompts, ours and stock side by side, and what compression costs.
+"""Time to the first two tokens of long prompts beside stock, and what compression costs.
 
     python benchmarks/prefill.py --model MODEL --dtype bfloat16 --out results/prefill.json
 
 Three servers run at once: ours at budget 1.0 (compresses nothing), ours at --budget, and
 stock without any plugin. Idle servers use no CPU; each round sends one new random prompt to
-each in turn, the first one changing from round to round, and asks for a single token. Its
-answer is the first token, which a compression at the end of the prompt delays.
+each in turn, the first one changing from round to round, and asks for two tokens. The first
+comes from prefill; a compression runs before the second, which is therefore timed too.
 
 - Compression seconds are the worker's own clock, per prompt, and their share of the median
   time to first token.
@@ -54,16 +54,24 @@ class Prompts:
         self._random = random.Random(0)
 
     def next(self) -> dict[str, Any]:
-        """Body of a request for one token."""
+        """Body of a request for two tokens."""
         prompt = [self._random.randrange(300, 30000) for _ in range(self._tokens)]
-        return {"model": self._model, "prompt": prompt, "max_tokens": 1, "temperature": 0}
+        return {
+            "model": self._model,
+            "prompt": prompt,
+            "max_tokens": 2,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
 
 
-def first_token_seconds(server: Server, body: dict[str, Any]) -> float:
-    """Send a request for one token and time its answer."""
+def token_seconds(server: Server, body: dict[str, Any]) -> tuple[float, float]:
+    """Send a request for two tokens; seconds until the first and until the second."""
     started = time.perf_counter()
-    server.post("/v1/completions", body)
-    return time.perf_counter() - started
+    times = [time.perf_counter() - started for _ in server.stream("/v1/completions", body)]
+    if len(times) < 2:
+        raise BenchmarkError(f"{server.spec.name} sent {len(times)} of 2 tokens one by one")
+    return times[0], times[1]
 
 
 def compression_totals(server: Server) -> tuple[int, float]:
@@ -92,20 +100,20 @@ def extra_memory(server: Server, prompts: Prompts, repeats: int = 3) -> int:
 
 def compare(
     servers: list[Server], prompts: Prompts, rounds: int
-) -> tuple[dict[str, list[float]], float]:
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
     """Time all servers in turns.
 
     Returns:
-        Seconds to the first token by server, and compression seconds per prompt of the
-        second one.
+        Seconds to the first and second token by server, and compression seconds per prompt
+        of the second server.
     """
-    times: dict[str, list[float]] = {server.spec.name: [] for server in servers}
+    times: dict[str, list[tuple[float, float]]] = {server.spec.name: [] for server in servers}
     before = compression_totals(servers[1])
     for number in range(rounds):
         body = prompts.next()
         for place in range(len(servers)):
             server = servers[(number + place) % len(servers)]
-            times[server.spec.name].append(first_token_seconds(server, body))
+            times[server.spec.name].append(token_seconds(server, body))
     after = compression_totals(servers[1])
     if after[0] - before[0] != rounds:
         raise BenchmarkError(f"{after[0] - before[0]} of {rounds} prompts were compressed")
@@ -132,21 +140,28 @@ def server_specs(arguments: argparse.Namespace) -> list[ServerSpec]:
     return [*ours, ServerSpec("stock", common, STOCK_ONLY)]
 
 
-def report(times: dict[str, list[float]], tokens: int) -> str:
-    """Medians and ratios to stock."""
-    medians = {name: statistics.median(values) for name, values in times.items()}
+def report(times: dict[str, list[tuple[float, float]]], tokens: int) -> str:
+    """Medians and ratios to stock, of the first token and of the second."""
+    medians = {name: median_seconds(pairs) for name, pairs in times.items()}
     rows = [
         [
             name,
-            f"{median:.3f}",
-            f"{min(times[name]):.3f}",
-            f"{max(times[name]):.3f}",
-            f"{tokens / median:.0f}",
-            f"{median / medians['stock']:.2f}x",
+            f"{first:.3f}",
+            f"{tokens / first:.0f}",
+            f"{first / medians['stock'][0]:.2f}x",
+            f"{second:.3f}",
+            f"{second / medians['stock'][1]:.2f}x",
         ]
-        for name, median in medians.items()
+        for name, (first, second) in medians.items()
     ]
-    return table(["", "median TTFT, s", "min", "max", "prompt tok/s", "to stock"], rows)
+    header = ["median of", "first token, s", "prompt tok/s", "to stock", "second, s", "to stock"]
+    return table(header, rows)
+
+
+def median_seconds(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Median seconds to the first and to the second token."""
+    first, second = zip(*pairs, strict=True)
+    return statistics.median(first), statistics.median(second)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -190,7 +205,7 @@ def main() -> None:
         times, seconds = compare(servers, prompts, arguments.rounds)
         flags = {server.spec.name: server.spec.flags for server in servers}
         threads = servers[0].threads
-    share = seconds / statistics.median(times[servers[1].spec.name])
+    share = seconds / median_seconds(times[servers[1].spec.name])[0]
     print(f"\n{arguments.rounds} prompts of {arguments.input_len} tokens, {arguments.dtype}")
     print(report(times, arguments.input_len))
     print(
@@ -203,7 +218,7 @@ def main() -> None:
             "settings": {key: str(value) for key, value in vars(arguments).items()},
             "flags": flags,
             "worker_threads": threads,
-            "ttft_s": times,
+            "token_seconds": times,
             "compression_s": seconds,
             "compression_share": share,
             "compression_extra_bytes": extra,

@@ -32,7 +32,7 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A prompt whose last chunk is in the running step."""
+    """A prompt whose last chunk was in the last step."""
 
     prompt: _Prompt
     blocks: torch.Tensor
@@ -125,7 +125,6 @@ class Runtime:
             lengths: tokens of each request once the step is done.
             block_table: int32 ``[requests or more, max_blocks]``.
         """
-        self._pending = []
         metadata = MixedDimMetadata()
         tokens: list[int] = []
         token_rows: list[int] = []
@@ -223,10 +222,20 @@ class Runtime:
         if not contiguous:
             output[decode.tokens] = result
 
-    def end_step(self) -> None:
-        """Compress the prompts that ended in this step, one after the other."""
+    def compress_ended(self, gone: set[str]) -> None:
+        """Compress the prompts that ended in the last step, one after the other.
+
+        The next step is the first that reads a lease, and nothing it was given of the blocks
+        that the scheduler has freed meanwhile is written before its forward pass. So the first
+        token does not wait for compression, and a request that ends with it costs none.
+
+        Args:
+            gone: ids of requests that finished or were preempted since; their blocks may be
+                somebody else's.
+        """
         for pending in self._pending:
-            self._compress(pending)
+            if pending.prompt.row.request_id not in gone:
+                self._compress(pending)
         self._pending = []
 
     def _compress(self, pending: _Pending) -> None:

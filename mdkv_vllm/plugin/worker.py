@@ -1,4 +1,4 @@
-"""vLLM's CPU worker with a runtime that compresses at the end of a step."""
+"""vLLM's CPU worker with a runtime that compresses between two steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from mdkv_vllm.calibrate.artifact import load_basis
@@ -77,12 +79,14 @@ class MixedDimCPUWorker(CPUWorker):
         )
         return basis.truncate(formats.basis_rank)
 
-    def execute_model(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Run a step, then compress the prompts that ended in it."""
-        output = super().execute_model(*args, **kwargs)
+    def execute_model(
+        self, scheduler_output: SchedulerOutput
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
+        """Compress the prompts that ended in the last step, then run this one."""
         if self._runtime is not None:
-            self._runtime.end_step()
-        return output
+            preempted = scheduler_output.preempted_req_ids or set()
+            self._runtime.compress_ended(scheduler_output.finished_req_ids | preempted)
+        return super().execute_model(scheduler_output)
 
     def mixeddim_status(self) -> dict[str, Any]:
         """Totals and recent compressions, for ``collective_rpc``."""

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mdkv_vllm import __version__
 from mdkv_vllm.config import BASIS_FILE
+from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
 
 console = Console(stderr=True)
 
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tokens", type=int, default=32768, help="tokens to use at most (default: %(default)s)"
     )
     calibrate.set_defaults(run=_calibrate)
+
+    evaluate = commands.add_parser("eval", help="measure answer quality over bytes kept")
+    add_eval_arguments(evaluate)
 
     demo = commands.add_parser("demo", help="ask a server about a long document")
     demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")

@@ -1,0 +1,1 @@
+"""Measure answer quality: tasks, methods, and what they cost."""

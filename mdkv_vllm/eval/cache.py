@@ -1,0 +1,114 @@
+"""A prefilled prompt, and what a compression method would hold of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BLOCK_TOKENS = 16
+"""Tokens of a full page; per (layer, head) a paged server holds whole pages."""
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prompt after its prefill.
+
+    Attributes:
+        token_ids: the prompt.
+        keys: after rotary embedding, ``[layers, kv_heads, tokens, head_size]``.
+        values: same shape.
+        queries: of the prompt's last tokens, ``[layers, query_heads, window, head_size]``.
+        inputs: per layer, the arguments of its attention module.
+        logits: float32 ``[vocabulary]`` after the last prompt token.
+    """
+
+    token_ids: tuple[int, ...]
+    keys: torch.Tensor
+    values: torch.Tensor
+    queries: torch.Tensor
+    inputs: list[dict[str, Any]]
+    logits: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of the prompt."""
+        return len(self.token_ids)
+
+    @property
+    def window(self) -> int:
+        """How many of the last queries were kept."""
+        return self.queries.shape[2]
+
+
+@dataclass
+class Recorder:
+    """Collects, layer by layer, what a :class:`Prefill` consists of.
+
+    Attributes:
+        window: last queries to keep.
+    """
+
+    window: int
+    keys: list[torch.Tensor] = field(default_factory=list)
+    values: list[torch.Tensor] = field(default_factory=list)
+    queries: list[torch.Tensor] = field(default_factory=list)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+
+    def keep_inputs(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:  # noqa: ANN401
+        """Forward pre-hook of an attention module."""
+        del module, args
+        self.inputs.append(dict(kwargs))
+
+    def keep_layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep one layer's tensors, ``[heads, tokens, head_size]``."""
+        self.queries.append(query[:, -self.window :].clone())
+        self.keys.append(key)
+        self.values.append(value)
+
+    def finish(self, token_ids: tuple[int, ...], logits: torch.Tensor) -> Prefill:
+        """All layers together."""
+        keys, values, queries = (torch.stack(x) for x in (self.keys, self.values, self.queries))
+        return Prefill(token_ids, keys, values, queries, self.inputs, logits)
+
+
+@dataclass(frozen=True)
+class HeldCache:
+    """What attention reads of a prompt under some method, simulated at full size.
+
+    Attributes:
+        keys: ``[layers, kv_heads, tokens, head_size]``, as read back.
+        values: same shape.
+        kept: bool ``[layers, kv_heads, tokens]``; False where a token is forgotten.
+        share: bytes held over those of the full cache in 16 bit, all that the request holds
+            charged.
+        formats: int64 like ``kept``, index of each token's format, for pictures; None for most.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    kept: torch.Tensor
+    share: float
+    formats: torch.Tensor | None = None
+
+
+def full_cache(prefill: Prefill) -> HeldCache:
+    """Everything, as it is."""
+    kept = torch.ones(prefill.keys.shape[:3], dtype=torch.bool, device=prefill.keys.device)
+    return HeldCache(prefill.keys, prefill.values, kept, 1.0)
+
+
+def evicted(prefill: Prefill, kept: torch.Tensor) -> HeldCache:
+    """Tokens at full size or not at all.
+
+    Args:
+        prefill: the prompt.
+        kept: bool ``[layers, kv_heads, tokens]``.
+
+    Returns:
+        The cache; its share counts whole pages of :data:`BLOCK_TOKENS` per layer and head.
+    """
+    pages = -(-kept.sum(-1) // BLOCK_TOKENS)
+    full_pages = -(-kept.shape[-1] // BLOCK_TOKENS) * kept[..., 0].numel()
+    return HeldCache(prefill.keys, prefill.values, kept, float(pages.sum()) / full_pages)

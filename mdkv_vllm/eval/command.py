@@ -1,0 +1,193 @@
+"""``mdkv eval``: run a task set against a server, or many methods in one process."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mdkv_vllm.eval.example import Example
+from mdkv_vllm.eval.report import markdown, plots
+from mdkv_vllm.eval.rows import Row, append_rows, read_rows
+from mdkv_vllm.eval.tasks import TASKS, generate
+from mdkv_vllm.eval.tasks.published import load_published
+from mdkv_vllm.eval.text import Haystack, load_text, reference_prose
+
+QUICK_TASKS = ("needle_digits", "long_answer")
+DEFAULT_BUDGETS = (0.5, 0.27, 0.25, 0.125, 0.0625)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of ``mdkv eval``."""
+    parser.add_argument(
+        "model", help="folder or hub name of the model (its tokenizer with --server)"
+    )
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--offline", action="store_true", help="compare methods in this process")
+    mode.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server")
+    parser.add_argument("--name", help="what to call the server in the report (default: server)")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="offline methods (default: all)"
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=float,
+        metavar="SHARE",
+        help="shares of the prompt's bytes (default offline: "
+        f"{' '.join(map(str, DEFAULT_BUDGETS))}; with --server: what the server does)",
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: all")
+    parser.add_argument(
+        "--published", nargs="+", type=Path, default=[], metavar="FILE",
+        help="BABILong, RULER or LongBench files (jsonl) instead of generated tasks",
+    )  # fmt: skip
+    parser.add_argument("--limit", type=int, help="examples of each published file at most")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="TOKENS")
+    parser.add_argument("--per-task", type=int, default=10, help="examples per task and length")
+    parser.add_argument(
+        "--haystack", nargs="+", type=Path, default=[], metavar="FILE",
+        help="text files or folders to hide things in (default: Python's language reference)",
+    )  # fmt: skip
+    parser.add_argument("--split", choices=["choose", "report"], help="only this half")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="bfloat16", help="compute type (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="minutes: two tasks, short prompts")
+    parser.add_argument(
+        "--out", type=Path, default=Path("results/eval"),
+        help="folder for rows.jsonl, report.md and plots; rows already there are kept and not "
+        "measured again (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure what is missing, then write the report."""
+    console = Console(stderr=True)
+    if options.quick:
+        options.tasks = options.tasks or list(QUICK_TASKS)
+        options.lengths, options.per_task = [512], 2
+        options.budgets = options.budgets or [0.5, 0.25]
+    for budget in options.budgets or []:
+        if not 0 < budget <= 1:
+            raise ValueError(f"--budgets: {budget} is out of range; allowed are 0 to 1")
+    path = options.out / "rows.jsonl"
+    rows = read_rows(path)
+    prepare = _offline if options.offline else _server
+    tokenizer, measure = prepare(options)
+    work = [
+        (example, turn)
+        for example in _examples(options, tokenizer)
+        for turn in range(len(example.turns))
+        if options.split in (None, example.split)
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("measuring", total=len(work))
+        for example, turn in work:
+            progress.update(bar, description=f"{example.task} {example.length}")
+            done = {row.key for row in rows if row.example == example.key and row.turn == turn}
+            new = list(measure(example, turn, done))
+            append_rows(path, new)
+            rows += new
+            progress.advance(bar)
+    keys = {(example.key, turn) for example, turn in work}
+    report(
+        [row for row in rows if (row.example, row.turn) in keys], options.out, Console(), console
+    )
+
+
+def report(rows: list[Row], folder: Path, out: Console, console: Console) -> None:
+    """Print the report and write it beside the rows.
+
+    Raises:
+        ValueError: there is nothing to report.
+    """
+    if not rows:
+        raise ValueError("nothing was measured: no example is left after --split and --limit")
+    text = markdown(rows)
+    (folder / "report.md").write_text(text)
+    drawn = plots(rows, folder)
+    out.print(text, soft_wrap=True, markup=False, highlight=False)
+    console.print(f"written: {folder / 'report.md'}, {', '.join(map(str, drawn))}")
+
+
+Measure = Callable[[Example, int, set[tuple[str, int, str, float]]], Iterable[Row]]
+"""Example, turn and the keys already measured to the rows still missing."""
+
+
+def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
+    import torch
+
+    from mdkv_vllm.eval.methods import methods_for
+    from mdkv_vllm.eval.model import EvalModel
+    from mdkv_vllm.eval.offline import measure, trials
+
+    if options.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {options.dtype!r}; allowed are float32, bfloat16, float16")
+    model = EvalModel(options.model, getattr(torch, options.dtype), options.device)
+    known = methods_for(model)
+    for name in options.methods or []:
+        if name not in known:
+            raise ValueError(f"--methods: {name!r} is unknown; allowed are {', '.join(known)}")
+    # Everything else is compared with full attention.
+    names = dict.fromkeys(("full", *(options.methods or known)))
+    wanted = trials([known[name] for name in names], options.budgets or DEFAULT_BUDGETS)
+
+    def missing(
+        example: Example, turn: int, done: set[tuple[str, int, str, float]]
+    ) -> Iterable[Row]:
+        left = [
+            trial
+            for trial in wanted
+            if (example.key, turn, trial.method.name, round(trial.budget, 6)) not in done
+        ]
+        return measure(model, example, turn, left) if left else []
+
+    return model.tokenizer, missing
+
+
+def _server(options: argparse.Namespace) -> tuple[Any, Measure]:
+    from transformers import AutoTokenizer
+
+    from mdkv_vllm.eval.server import Server
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    server = Server(options.server, options.name or "server", tokenizer)
+    server.model()  # unreachable servers are found before any work is done
+    budgets: list[float | None] = list(options.budgets or [None])
+
+    def missing(
+        example: Example, turn: int, done: set[tuple[str, int, str, float]]
+    ) -> Iterable[Row]:
+        for budget in budgets:
+            share = 1.0 if budget is None else budget
+            if (example.key, turn, server.name, round(share, 6)) not in done:
+                yield server.measure(example, turn, budget)
+
+    return tokenizer, missing
+
+
+def _examples(options: argparse.Namespace, tokenizer: Any) -> list[Example]:  # noqa: ANN401
+    """Examples, one of each task and length in turn: a run cut short is balanced."""
+
+    def count(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    if options.published:
+        files = [load_published(path, count)[: options.limit] for path in options.published]
+        return [e for group in zip_longest(*files) for e in group if e is not None]
+    text = load_text(options.haystack) if options.haystack else reference_prose()
+    tasks = options.tasks or list(TASKS)
+    lists = [
+        list(generate([task], [length], options.per_task, Haystack(text, count), options.seed))
+        for task in tasks
+        for length in options.lengths
+    ]
+    return [e for e in chain.from_iterable(zip_longest(*lists)) if e is not None]

@@ -1,0 +1,60 @@
+"""Compression methods to compare, each applied to the same prefilled prompt."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from mdkv_vllm.eval.cache import HeldCache, Prefill
+from mdkv_vllm.eval.methods import eviction
+from mdkv_vllm.eval.methods.baseline import Full, Recent
+from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction
+from mdkv_vllm.eval.methods.kvcompress import KVCompress
+from mdkv_vllm.eval.methods.ours import MixedDim
+from mdkv_vllm.eval.methods.quantised import Float8, Uniform
+from mdkv_vllm.eval.model import EvalModel
+
+
+class Method(Protocol):
+    """One way to hold a prompt in fewer bytes."""
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        ...
+
+    @property
+    def fixed_shares(self) -> tuple[float, ...]:
+        """The only shares of bytes it can hold, or none if any budget will do."""
+        ...
+
+    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+        """Hold a prompt within a share of its full bytes.
+
+        Args:
+            model: the model that prefilled it.
+            prefill: the prompt.
+            budget: share of the bytes in 16 bit; one of ``fixed_shares`` where there are any.
+        """
+        ...
+
+
+def methods_for(model: EvalModel) -> dict[str, Method]:
+    """Every method by name."""
+    known: list[Method] = [
+        Full(),
+        Recent(),
+        MixedDim("ours"),
+        MixedDim("paper", {"formats": "paper", "basis": "prompt", "loss": "paper"}),
+        Eviction("snapkv", eviction.snapkv),
+        Eviction("adakv", eviction.adakv),
+        Eviction("pyramidkv", eviction.pyramidkv),
+        Eviction("expected", eviction.expected_attention),
+        Eviction("tova", eviction.tova),
+        KVCompress(),
+        ChannelPruning(),
+        Float8(),
+        Uniform("int8", 8, model.head_size),
+        Uniform("int4", 4, model.head_size),
+        Uniform("int2", 2, model.head_size),
+    ]
+    return {method.name: method for method in known}

@@ -1,0 +1,111 @@
+"""MixedDimKV as the server does it, read back from the bytes of its lease."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mdkv_vllm.calibrate.artifact import load_basis
+from mdkv_vllm.config import BASIS_FILE, PROMPT_BASIS, MixedDimConfig
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.compress import CompressedPrompt, Compressor
+from mdkv_vllm.core.formats import FormatSet, PageGeometry, Rotation
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.packing import unpack_list
+from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
+from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, full_cache
+from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.ops.compress import CpuKernels
+from mdkv_vllm.policy import Policy
+
+
+@dataclass(frozen=True)
+class MixedDim:
+    """Compress with the server's own code and settings.
+
+    Attributes:
+        name: how reports call it.
+        settings: ``MixedDimConfig`` fields other than the budget.
+    """
+
+    name: str
+    settings: dict[str, object] = field(default_factory=dict)
+    fixed_shares: tuple[float, ...] = ()
+
+    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+        """See :class:`mdkv_vllm.eval.methods.Method`."""
+        config = MixedDimConfig(budget=budget, **self.settings)  # type: ignore[arg-type]
+        # Bytes are counted against a 16-bit cache whatever the model computes in.
+        dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
+        geometry = PageGeometry(BLOCK_TOKENS, model.head_size, dtype)
+        policy = Policy(config, geometry, model.num_layers, model.num_kv_heads)
+        plan = policy.plan(prefill.num_tokens, None)
+        if plan is None:
+            return full_cache(prefill)
+        formats = policy.formats_for(prefill.num_tokens, None)
+        basis = self._basis(model, policy)
+        compressor = Compressor(policy.layout, config.loss, model.scale, basis, CpuKernels())
+        result = compressor.compress(
+            lambda layer: (prefill.keys[layer].float(), prefill.values[layer].float()),
+            prefill.queries[:, :, -config.window :].float(),
+            plan,
+            formats,
+            keep_allocations=True,
+        )
+        return read_back(prefill, result, plan, policy.layout, formats, basis)
+
+    def _basis(self, model: EvalModel, policy: Policy) -> Basis | None:
+        formats = policy.layout.formats
+        if not formats.uses_basis or policy.config.basis == PROMPT_BASIS:
+            return None
+        path = Path(policy.config.basis or Path(model.folder) / BASIS_FILE)
+        sizes = (model.num_layers, model.num_kv_heads, model.head_size)
+        return load_basis(path, str(model.folder), sizes).truncate(formats.basis_rank)
+
+
+def read_back(
+    prefill: Prefill,
+    result: CompressedPrompt,
+    plan: LeasePlan,
+    layout: LeaseLayout,
+    formats: FormatSet,
+    basis: Basis | None,
+) -> HeldCache:
+    """Put every token of a packed lease back in its place.
+
+    Args:
+        prefill: the prompt.
+        result: its lease, with the allocations kept.
+        plan: its plan.
+        layout: what leases look like.
+        formats: the formats that were allowed.
+        basis: the calibrated basis in use, if any.
+    """
+    keys, values = prefill.keys.float().clone(), prefill.values.float().clone()
+    kept = torch.ones(keys.shape[:3], dtype=torch.bool)
+    chosen = torch.full(
+        keys.shape[:3],
+        formats.names.index("full") if "full" in formats.names else len(formats.names),
+    )
+    if layout.prompt_basis_rank:
+        basis = read_prompt_basis(result.pages, layout)
+    table = read_page_table(result.pages, layout)
+    for layer, allocation in enumerate(result.allocations):
+        kept[layer, :, : plan.span_tokens] = allocation.choice >= 0
+        chosen[layer, :, : plan.span_tokens] = allocation.choice + int(formats.drop)
+        for head, choice in enumerate(allocation.choice):
+            for index, fmt in enumerate(formats.formats):
+                column = layout.formats.formats.index(fmt)
+                count, first = table[layer, head, column].tolist()
+                pages = result.pages[first : first + fmt.pages(count)]
+                low = unpack_list(pages, count, fmt, layout.geometry)
+                places = (choice == index).nonzero().squeeze(1)
+                for held, vectors, side in ((keys, low[0], "keys"), (values, low[1], "values")):
+                    directions = None
+                    if fmt.rotation is Rotation.BASIS:
+                        directions = getattr(basis, side)[layer, head]
+                    held[layer, head, places] = to_full(vectors, fmt, directions).float()
+    return HeldCache(keys, values, kept, plan.kept_share, chosen)

@@ -1,0 +1,34 @@
+"""A conversation: two questions about one document, the second after the first is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mdkv_vllm.eval.tasks.filling import hide
+from mdkv_vllm.eval.tasks.needles import NUMBER, announce, ask, needle
+from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
+from mdkv_vllm.eval.tasks.vocabulary import digits, distinct, word_pair
+
+
+def _plan(setting: Setting) -> Callable[[int], Draft]:
+    """The needles lie half the text apart; the size is tokens of haystack."""
+    random = setting.random
+    keys, values = distinct(word_pair, random, 2), distinct(digits, random, 2)
+    depths = (setting.depth, (setting.depth + 0.5) % 1)
+    needles = [
+        (depth, needle(NUMBER, key, value))
+        for depth, key, value in zip(depths, keys, values, strict=True)
+    ]
+    turns = tuple(ask(NUMBER, [key], [value]) for key, value in zip(keys, values, strict=True))
+    start = random.randrange(len(setting.haystack.sentences))
+
+    def build(size: int) -> Draft:
+        text = hide(needles, setting.haystack.run(start, size))
+        return Draft(announce(NUMBER, text), turns, setting.depth)
+
+    return build
+
+
+FOLLOWUP = (
+    Task("followup", "followup", "two numbers of one document, asked for one after another", _plan),
+)

@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test lint bench clean
+.PHONY: setup serve demo test lint bench eval clean
 export MODEL PORT BUDGET ARGS
 
 BIN := .venv/bin
@@ -34,6 +34,13 @@ bench:
 	$(BIN)/python benchmarks/decode_kernel.py --json results/decode_kernel.json
 	$(BIN)/python benchmarks/prefill.py --model $(MODEL) --out results/prefill.json
 	$(BIN)/python benchmarks/serving.py --model $(MODEL) --out results/serving.json
+
+# Quality of every method at every budget, hours on two cores; QUICK=1 takes minutes.
+eval: MODEL := models/SmolLM2-135M-Instruct
+eval:
+	scripts/setup-cpu.sh --dev
+	$(BIN)/mdkv prepare-model --out $(MODEL)
+	$(BIN)/mdkv eval $(MODEL) --offline --out results/eval $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv build models results *.egg-info mdkv_vllm/_cpu*.so

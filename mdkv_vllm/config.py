@@ -151,8 +151,9 @@ class MixedDimConfig:
         if isinstance(self.formats, tuple):
             names = self.formats
         elif self.formats == "paper":
-            eighth, quarter = geometry.head_size // 8, geometry.head_size // 4
-            names = ("drop", f"r{eighth}", f"r{quarter}", "full")
+            # Ranks are multiples of 4; head size 80 has no exact eighth.
+            eighth, quarter = geometry.head_size // 32, geometry.head_size // 16
+            names = ("drop", f"r{4 * eighth}", f"r{4 * quarter}", "full")
         elif share >= KEEP_ALL_BUDGET:
             names = ("i2", "i4", "i8", "full")
         else:

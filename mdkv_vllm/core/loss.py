@@ -17,6 +17,9 @@ POOL_KERNEL = 7
 """Neighbours (odd, centred) over which losses are max-pooled, as SnapKV pools its scores."""
 HYBRID_WEIGHT = 0.2
 """Weight of the pooled loss in ``hybrid``."""
+PRIOR_WEIGHT = 0.1
+"""In ``hybrid``, attention that every token is expected to get from later queries, over what the
+window's queries give a token of its head on average (docs/quality.md says why)."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,27 @@ def losses_from_sums(
     Returns:
         float32 ``[options, kv_heads, span]``.
     """
+    if variant == "hybrid":
+        sums = with_prior(sums)
     mass = sums[0]
     losses = [2 * mass * value_norms] if drop else []
     for moved, error in zip(sums[1:], value_errors, strict=True):
         losses.append(moved * value_norms + mass * error)
     return pool(torch.stack(losses), variant)
+
+
+def with_prior(sums: torch.Tensor) -> torch.Tensor:
+    """Sums as though later queries looked at every token a little, besides the window's.
+
+    A token the window ignores would otherwise be worth nothing, whatever is asked later. Its
+    ``P`` grows by :data:`PRIOR_WEIGHT` times its head's mean; ``|P_f - P|`` grows with it, for
+    the relative change of ``P`` depends on the keys more than on who looks.
+
+    Args:
+        sums: from :func:`loss_sums`, ``[1 + candidates, kv_heads, span]``.
+    """
+    mass = sums[0].clamp_min(1e-30)
+    return sums * (1 + PRIOR_WEIGHT * mass.mean(-1, keepdim=True) / mass)
 
 
 def token_losses(

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from mdkv_vllm.core.loss import HYBRID_WEIGHT, Candidate, pool, token_losses, window_logits
+from mdkv_vllm.core.loss import (
+    HYBRID_WEIGHT,
+    PRIOR_WEIGHT,
+    Candidate,
+    pool,
+    token_losses,
+    window_logits,
+)
 
 HEADS, WINDOW, GROUP, TOKENS, SIZE = 2, 4, 3, 40, 16
 SPAN = 30
@@ -76,3 +83,17 @@ def test_pooling():
     assert pooled[0, 0].nonzero().flatten().tolist() == list(range(7, 14))
     torch.testing.assert_close(pool(losses, "hybrid"), losses + HYBRID_WEIGHT * pooled)
     assert pool(losses, "solo") is losses
+
+
+def test_hybrid_gives_every_token_some_attention(prompt):
+    queries, keys, values, *_ = prompt
+    queries.mul_(30)  # nearly all of the window's attention goes to a few tokens
+    mass = probabilities(queries, keys)[..., :SPAN].sum(1)
+    expected = mass + PRIOR_WEIGHT * mass.mean(-1, keepdim=True)
+    expected = 2 * expected * values[:, :SPAN].double().norm(dim=-1)
+    drop, reduced = losses_of(prompt, "hybrid")
+    torch.testing.assert_close(drop, pool(expected.unsqueeze(0), "hybrid")[0], rtol=1e-3, atol=1e-6)
+    ignored = mass < 1e-4 * mass.mean(-1, keepdim=True)
+    assert ignored.any()
+    solo = losses_of(prompt, "solo")[1]
+    assert (reduced[ignored] > 10 * solo[ignored]).all()

@@ -16,9 +16,6 @@ BASIS_FILE = "mixeddim_basis.safetensors"
 PROMPT_BASIS = "prompt"
 """Value of ``basis`` that computes a basis from each prompt."""
 PRESETS = ("default", "paper")
-KEEP_ALL_BUDGET = 0.27
-"""Budget from which the ``default`` preset forgets no token: int4 with its scales takes 25 to
-27 % of a 16-bit cache (design section 4's simulation)."""
 REQUEST_BUDGET = "mixeddim_budget"
 REQUEST_BUDGET_TOKENS = "mixeddim_budget_tokens"
 REQUEST_FIELDS = (REQUEST_BUDGET, REQUEST_BUDGET_TOKENS)
@@ -132,33 +129,22 @@ class MixedDimConfig:
         """The budget of requests that do not bring their own."""
         return Budget(self.budget, self.budget_tokens)
 
-    def all_formats(self, geometry: PageGeometry) -> FormatSet:
-        """Every format any prompt may use: what kernels and page tables are built for."""
-        if self.formats == "default":
-            return parse_formats(("drop", "i2", "i4", "i8", "full"), geometry)
-        return self.formats_at(1.0, geometry)
-
-    def formats_at(self, share: float, geometry: PageGeometry) -> FormatSet:
-        """Formats that an allocation may choose from at a budget.
+    def format_set(self, geometry: PageGeometry) -> FormatSet:
+        """Formats that an allocation may choose from.
 
         Args:
-            share: the budget as a share of the prompt's bytes.
             geometry: the cache's sizes.
 
         Raises:
             mdkv_vllm.core.formats.FormatError: a listed name does not fit the model.
         """
         if isinstance(self.formats, tuple):
-            names = self.formats
-        elif self.formats == "paper":
-            # Ranks are multiples of 4; head size 80 has no exact eighth.
-            eighth, quarter = geometry.head_size // 32, geometry.head_size // 16
-            names = ("drop", f"r{4 * eighth}", f"r{4 * quarter}", "full")
-        elif share >= KEEP_ALL_BUDGET:
-            names = ("i2", "i4", "i8", "full")
-        else:
-            names = ("drop", "i4", "i8", "full")
-        return parse_formats(names, geometry)
+            return parse_formats(self.formats, geometry)
+        if self.formats == "default":
+            return parse_formats(("drop", "i4", "i8", "full"), geometry)
+        # Ranks are multiples of 4; head size 80 has no exact eighth.
+        eighth, quarter = geometry.head_size // 32, geometry.head_size // 16
+        return parse_formats(("drop", f"r{4 * eighth}", f"r{4 * quarter}", "full"), geometry)
 
     def basis_path(self, model: str) -> Path:
         """Where the calibrated basis is expected for a model folder."""

@@ -31,30 +31,32 @@ class Policy:
     num_kv_heads: int
 
     @cached_property
+    def formats(self) -> FormatSet:
+        """Formats that an allocation may choose from."""
+        return self.config.format_set(self.geometry)
+
+    @cached_property
+    def prompt_basis(self) -> bool:
+        """Whether every lease holds a basis of its own."""
+        return self.config.basis == PROMPT_BASIS and self.formats.uses_basis
+
+    @cached_property
     def layout(self) -> LeaseLayout:
         """What every lease of this model looks like."""
-        formats = self.config.all_formats(self.geometry)
-        own_basis = self.config.basis == PROMPT_BASIS and formats.uses_basis
-        rank = formats.basis_rank if own_basis else 0
-        return LeaseLayout(self.geometry, formats, self.num_layers, self.num_kv_heads, rank)
+        rank = self.formats.basis_rank if self.prompt_basis else 0
+        return LeaseLayout(self.geometry, self.formats, self.num_layers, self.num_kv_heads, rank)
 
-    def formats_for(self, prompt_tokens: int, budget: Budget | None) -> FormatSet:
-        """Formats allowed for a prompt.
+    def plan(self, prompt_tokens: int, budget: Budget | None) -> LeasePlan | None:
+        """Plan a prompt's lease, or None where it stays uncompressed.
 
         Args:
             prompt_tokens: its length.
             budget: its own budget; None for the server's.
         """
-        share = (budget or self.config.default_budget).share_of(prompt_tokens)
-        return self.config.formats_at(share, self.geometry)
-
-    def plan(self, prompt_tokens: int, budget: Budget | None) -> LeasePlan | None:
-        """Plan a prompt's lease, or None where it stays uncompressed."""
         if not self.config.enabled:
             return None
         wanted = budget or self.config.default_budget
-        formats = self.formats_for(prompt_tokens, budget)
-        floor = None if formats.drop else formats.formats[0].tokens_per_page
+        floor = None if self.formats.drop else self.formats.formats[0].tokens_per_page
         terms = LeaseTerms(
             block_size=self.geometry.block_size,
             window=self.config.window,

@@ -16,7 +16,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from mdkv_vllm.config import request_budget
+from mdkv_vllm.config import REQUEST_BUDGET, request_budget
 from mdkv_vllm.core.plan import LeasePlan
 
 
@@ -50,7 +50,7 @@ class MixedDimManager(FullAttentionManager):
     ) -> None:
         """Hash the request's full blocks, but none from its lease on."""
         if request.request_id not in self._plans:
-            self._plans[request.request_id] = self.plan_of(request)
+            self._plans[request.request_id] = self._decide(request)
             self._seen[id(request.block_hashes)] = request
         if not self._hashes_blocks:
             return
@@ -60,6 +60,25 @@ class MixedDimManager(FullAttentionManager):
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
+
+    def _decide(self, request: Request) -> LeasePlan | None:
+        """The plan of a request that has just been given its first blocks.
+
+        A request that cannot be compressed is told so in its own parameters, which are what
+        the worker plans by.
+        """
+        plan = self.plan_of(request)
+        if plan is None:
+            return None
+        shared_blocks = self.num_cached_block.get(request.request_id, 0)
+        # Sessions extend their prompt later, and a lease must not be written into blocks that
+        # a prefix hit shares with other requests.
+        if request.resumable or shared_blocks > plan.first_lease_block:
+            params = request.sampling_params.clone()
+            params.extra_args = {REQUEST_BUDGET: 1.0}
+            request.sampling_params = params
+            return None
+        return plan
 
     def find_longest_cache_hit(  # type: ignore[override]
         self,
@@ -95,7 +114,11 @@ class MixedDimManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        """Free the blocks before the lease once the worker has compressed the prompt."""
+        """Free the blocks before the lease once the prompt has been prefilled.
+
+        The worker compresses it before its next forward pass, the first that may write a block
+        freed here (see :meth:`mdkv_vllm.plugin.runtime.Runtime.compress_ended`).
+        """
         del num_prompt_tokens
         plan = self._plans.get(request_id)
         if plan is not None and processed_computed_tokens >= plan.prompt_tokens:

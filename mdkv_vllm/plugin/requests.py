@@ -28,11 +28,13 @@ def admit(params: object, config: MixedDimConfig) -> None:
 
 
 def _may_exceed(budget: Budget, default: Budget) -> bool:
-    """Whether a budget may lease more than the default for some prompt."""
+    """Whether a budget may lease blocks before the default's lease for some prompt.
+
+    So does any budget where the default leases nothing: a share of 1, or more tokens than the
+    prompt has.
+    """
     if budget.share == 1.0:
         return False
-    if budget.share is not None and default.share is not None:
-        return budget.share > default.share
-    if budget.tokens is not None and default.tokens is not None:
-        return budget.tokens > default.tokens
-    return True
+    if budget.share is None or default.share is None or default.share == 1.0:
+        return True
+    return budget.share > default.share

@@ -32,9 +32,6 @@ class BatchRows(Protocol):
     def rows(self) -> Iterator[Row]:
         """The batch's requests in row order."""
 
-    def is_alive(self, request_id: str) -> bool:
-        """Whether the runner still knows a request (running or preempted)."""
-
 
 class RunnerV1Rows:
     """:class:`BatchRows` of vLLM's model runner V1."""
@@ -49,7 +46,3 @@ class RunnerV1Rows:
             params = state.sampling_params
             budget = request_budget(params.extra_args) if params is not None else None
             yield Row(request_id, state.num_prompt_tokens, budget, params is not None)
-
-    def is_alive(self, request_id: str) -> bool:
-        """Whether the runner still knows a request (running or preempted)."""
-        return request_id in self._runner.requests

@@ -162,8 +162,6 @@ class Runtime:
     def _prompt(self, row: Row) -> _Prompt:
         prompt = self._prompts.get(row.request_id)
         if prompt is None:
-            # Finished requests are forgotten when a new one comes, not on every step.
-            self._prompts = {k: v for k, v in self._prompts.items() if self._batch.is_alive(k)}
             plan = self.policy.plan(row.prompt_tokens, row.budget) if row.compressible else None
             prompt = self._prompts[row.request_id] = _Prompt(row, plan)
         return prompt
@@ -222,33 +220,37 @@ class Runtime:
         if not contiguous:
             output[decode.tokens] = result
 
-    def compress_ended(self, gone: set[str]) -> None:
+    def compress_ended(self, finished: set[str], preempted: set[str]) -> None:
         """Compress the prompts that ended in the last step, one after the other.
 
-        The next step is the first that reads a lease, and nothing it was given of the blocks
-        that the scheduler has freed meanwhile is written before its forward pass. So the first
-        token does not wait for compression, and a request that ends with it costs none.
+        Called before the next step runs, so the first token does not wait and a request that
+        ends with it costs nothing. The scheduler may already have given freed blocks away, but
+        nobody writes them before that step's forward pass.
 
         Args:
-            gone: ids of requests that finished or were preempted since; their blocks may be
-                somebody else's.
+            finished: ids of requests that ended since.
+            preempted: ids of requests that lost all their blocks since.
         """
+        gone = finished | preempted
         for pending in self._pending:
             if pending.prompt.row.request_id not in gone:
                 self._compress(pending)
         self._pending = []
+        for request_id in finished:
+            self._prompts.pop(request_id, None)
+        for request_id in preempted & self._prompts.keys():
+            self._prompts[request_id].window = None
 
     def _compress(self, pending: _Pending) -> None:
         started = time.perf_counter()
         prompt, plan = pending.prompt, pending.prompt.plan
         assert plan is not None
         assert prompt.window is not None
-        formats = self.policy.formats_for(plan.prompt_tokens, prompt.row.budget)
         result = self._compressor.compress(
             lambda layer: self._load_layer(layer, pending.blocks, plan.prompt_tokens),
             prompt.window,
             plan,
-            formats,
+            self.policy.formats,
         )
         lease = pending.blocks[plan.first_lease_block : plan.tail_block].long()
         target = self.arena.view(torch.uint8).flatten(1)

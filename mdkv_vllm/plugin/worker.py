@@ -15,7 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from mdkv_vllm.calibrate.artifact import load_basis
-from mdkv_vllm.config import PROMPT_BASIS, ConfigError
+from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.plugin.backend import MixedDimBackend
 from mdkv_vllm.plugin.rows import RunnerV1Rows
@@ -64,8 +64,8 @@ class MixedDimCPUWorker(CPUWorker):
         logger.info("mixeddim: %s", describe(policy))
 
     def _load_basis(self, policy: Policy) -> Basis | None:
-        formats = policy.layout.formats
-        if not formats.uses_basis or policy.config.basis == PROMPT_BASIS:
+        formats = policy.formats
+        if not formats.uses_basis or policy.prompt_basis:
             return None
         path = policy.config.basis_path(self.vllm_config.model_config.model)
         if not path.is_file():
@@ -84,8 +84,9 @@ class MixedDimCPUWorker(CPUWorker):
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
         """Compress the prompts that ended in the last step, then run this one."""
         if self._runtime is not None:
-            preempted = scheduler_output.preempted_req_ids or set()
-            self._runtime.compress_ended(scheduler_output.finished_req_ids | preempted)
+            self._runtime.compress_ended(
+                scheduler_output.finished_req_ids, scheduler_output.preempted_req_ids or set()
+            )
         return super().execute_model(scheduler_output)
 
     def mixeddim_status(self) -> dict[str, Any]:
@@ -142,9 +143,8 @@ def describe(policy: Policy) -> str:
     budget = (
         f"budget {config.budget:.0%}" if config.budget else f"budget {config.budget_tokens} tokens"
     )
-    formats = policy.formats_for(4096, None).names
     return (
-        f"{budget}, formats {', '.join(formats)} (at 4096 tokens), loss {config.loss}, window "
+        f"{budget}, formats {', '.join(policy.formats.names)}, loss {config.loss}, window "
         f"{config.window}, prompts from {config.min_prompt_tokens} tokens, "
         f"pages of {policy.geometry.page_bytes} bytes"
     )

@@ -55,11 +55,12 @@ def make_manager(caching=True, config=CONFIG):
     )
 
 
-def make_request(name, prompt, budget=None):
+def make_request(name, prompt, budget=None, config=CONFIG, **changes):
     extra = {REQUEST_BUDGET: budget} if budget else None
     params = SamplingParams(max_tokens=100, extra_args=extra)
-    admit(params, CONFIG)
-    return Request(name, prompt, params, None, block_hasher=get_request_block_hasher(BLOCK, sha256))
+    admit(params, config)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    return Request(name, prompt, params, None, block_hasher=hasher, **changes)
 
 
 def document(which, length):
@@ -72,15 +73,18 @@ class LeaseLife(RuleBasedStateMachine):
     """Random lives of requests on one block pool."""
 
     caching = True
+    config = CONFIG
+    admitted_by = CONFIG
 
     def __init__(self):
         super().__init__()
-        self.manager = make_manager(self.caching)
+        self.manager = make_manager(self.caching, self.config)
         self.single = self.manager.coordinator.single_type_managers[0]
         self.pool = self.manager.block_pool
         self.waiting, self.running = [], []
         self.memory: dict[int, object] = {}
         self.before_last_step: dict[str, int] = {}
+        self.pending: list[tuple[Request, list[int]]] = []
         self.count = 0
 
     @rule(
@@ -90,7 +94,8 @@ class LeaseLife(RuleBasedStateMachine):
     )
     def submit(self, which, length, budget):
         self.count += 1
-        self.waiting.append(make_request(f"r{self.count}", document(which, length), budget))
+        prompt = document(which, length)
+        self.waiting.append(make_request(f"r{self.count}", prompt, budget, self.admitted_by))
 
     @precondition(lambda self: self.waiting)
     @rule(chunk=st.integers(1, 500))
@@ -130,18 +135,22 @@ class LeaseLife(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish_one(self, data):
         request = data.draw(st.sampled_from(self.running))
+        self._leave(request)
+
+    def _leave(self, request):
         self.running.remove(request)
+        self.pending = [ended for ended in self.pending if ended[0] is not request]
         self.manager.free(request)
 
     def _preempt(self, request):
-        self.running.remove(request)
-        self.manager.free(request)
+        self._leave(request)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         self.waiting.insert(0, request)
 
     def _run(self, request, chunk):
-        """What the worker does in a step: write tokens, compress a finished prompt."""
+        """What the worker does in a step: compress what ended in the last one, then write."""
+        self._compress_ended()
         before = request.num_computed_tokens
         self.before_last_step[request.request_id] = before
         after = before + chunk
@@ -155,16 +164,23 @@ class LeaseLife(RuleBasedStateMachine):
             upto = min((index + 1) * BLOCK, after)
             self.memory[block.block_id] = tuple(request.all_token_ids[:upto])
         if plan is not None and before < plan.prompt_tokens <= after:
-            for index in range(plan.tail_block):
-                tokens = tuple(request.all_token_ids[: (index + 1) * BLOCK])
-                assert self.memory[blocks[index].block_id] == tokens
-            for block in blocks[plan.first_lease_block : plan.tail_block]:
-                assert block.ref_cnt == 1, "a lease block is shared"
-                assert block.block_hash is None, "a lease block is hashed"
-                self.memory[block.block_id] = ("lease", request.request_id)
+            self.pending.append((request, [block.block_id for block in blocks]))
         request.num_computed_tokens = after
         if after == request.num_tokens:
             request.append_output_token_ids(7)
+
+    def _compress_ended(self):
+        for request, block_ids in self.pending:
+            plan = self.single.plan_of(request)
+            for index in range(plan.tail_block):
+                tokens = tuple(request.all_token_ids[: (index + 1) * BLOCK])
+                assert self.memory[block_ids[index]] == tokens, "overwritten before compression"
+            for block_id in block_ids[plan.first_lease_block : plan.tail_block]:
+                block = self.pool.blocks[block_id]
+                assert block.ref_cnt == 1, "a lease block is shared"
+                assert block.block_hash is None, "a lease block is hashed"
+                self.memory[block_id] = ("lease", request.request_id)
+        self.pending = []
 
     @invariant()
     def no_leak_and_no_double_use(self):
@@ -189,7 +205,7 @@ class LeaseLife(RuleBasedStateMachine):
                 assert all(b.is_null for b in blocks[: plan.first_lease_block])
             for block in blocks[plan.first_lease_block : plan.tail_block]:
                 assert block.block_hash is None
-                if request.num_computed_tokens >= plan.prompt_tokens:
+                if self.before_last_step[request.request_id] >= plan.prompt_tokens:
                     assert self.memory[block.block_id] == ("lease", request.request_id)
 
     def teardown(self):
@@ -202,12 +218,37 @@ class LeaseLifeWithoutPrefixCache(LeaseLife):
     caching = False
 
 
+class LeaseLifeOptIn(LeaseLife):
+    """Nothing is compressed but what asks for it."""
+
+    config = admitted_by = MixedDimConfig(budget=1, window=8, min_prompt_tokens=48)
+
+
+class LeaseLifeByTokens(LeaseLife):
+    """Short prompts have no lease by default."""
+
+    config = admitted_by = MixedDimConfig(budget_tokens=150, window=8, min_prompt_tokens=48)
+
+
+class LeaseLifeAdmittedByAnother(LeaseLife):
+    """Two engines in one process: requests are admitted by the newer one's settings."""
+
+    admitted_by = MixedDimConfig(budget=0.9, window=8, min_prompt_tokens=48)
+
+
 TestLeaseLife = LeaseLife.TestCase
 TestLeaseLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLeaseLifeWithoutPrefixCache = LeaseLifeWithoutPrefixCache.TestCase
-TestLeaseLifeWithoutPrefixCache.settings = settings(
-    max_examples=30, stateful_step_count=40, deadline=None
-)
+TestLeaseLifeOptIn = LeaseLifeOptIn.TestCase
+TestLeaseLifeByTokens = LeaseLifeByTokens.TestCase
+TestLeaseLifeAdmittedByAnother = LeaseLifeAdmittedByAnother.TestCase
+for case in (
+    TestLeaseLifeWithoutPrefixCache,
+    TestLeaseLifeOptIn,
+    TestLeaseLifeByTokens,
+    TestLeaseLifeAdmittedByAnother,
+):
+    case.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
 
 
 def run_prompt(manager, request):
@@ -234,6 +275,28 @@ def test_budget_above_the_default_reads_no_prefix_cache():
     run_prompt(manager, make_request("a", document(0, 320)))
     assert run_prompt(manager, make_request("b", document(0, 320), 0.9)) == 0
     assert run_prompt(manager, make_request("c", document(0, 320), 0.2)) > 0
+
+
+def test_opting_in_never_writes_shared_blocks():
+    config = MixedDimConfig(budget=1.0, window=8, min_prompt_tokens=48)
+    manager = make_manager(config=config)
+    run_prompt(manager, make_request("a", document(0, 320), config=config))
+    # As if admitted by other settings: the manager itself must notice.
+    late = make_request("b", document(0, 320), 0.3)
+    assert run_prompt(manager, late) > 0
+    assert manager.coordinator.single_type_managers[0].plan_of(late) is None
+    assert late.sampling_params.extra_args == {REQUEST_BUDGET: 1.0}
+    assert run_prompt(manager, make_request("c", document(0, 320), 0.3, config)) == 0
+
+
+def test_sessions_that_may_grow_are_left_alone():
+    manager = make_manager()
+    session = make_request("a", document(0, 320), resumable=True)
+    run_prompt(manager, session)
+    manager.remove_skipped_blocks("a", 320, 320)
+    assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - 20
+    # What the worker plans by:
+    assert session.sampling_params.extra_args == {REQUEST_BUDGET: 1.0}
 
 
 def test_disabled_compression_is_stock_behaviour():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
 from mdkv_vllm.calibrate.artifact import load_basis
-from mdkv_vllm.config import BASIS_FILE, PROMPT_BASIS, MixedDimConfig
+from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, Rotation
@@ -45,7 +44,7 @@ class MixedDim:
         plan = policy.plan(prefill.num_tokens, None)
         if plan is None:
             return full_cache(prefill)
-        formats = policy.formats_for(prefill.num_tokens, None)
+        formats = policy.formats
         basis = self._basis(model, policy)
         compressor = Compressor(policy.layout, config.loss, model.scale, basis, CpuKernels())
         result = compressor.compress(
@@ -58,12 +57,11 @@ class MixedDim:
         return read_back(prefill, result, plan, policy.layout, formats, basis)
 
     def _basis(self, model: EvalModel, policy: Policy) -> Basis | None:
-        formats = policy.layout.formats
-        if not formats.uses_basis or policy.config.basis == PROMPT_BASIS:
+        if not policy.formats.uses_basis or policy.prompt_basis:
             return None
-        path = Path(policy.config.basis or Path(model.folder) / BASIS_FILE)
+        path = policy.config.basis_path(str(model.folder))
         sizes = (model.num_layers, model.num_kv_heads, model.head_size)
-        return load_basis(path, str(model.folder), sizes).truncate(formats.basis_rank)
+        return load_basis(path, str(model.folder), sizes).truncate(policy.formats.basis_rank)
 
 
 def read_back(

@@ -43,5 +43,5 @@ eval:
 	$(BIN)/mdkv eval $(MODEL) --offline --out results/eval $(if $(QUICK),--quick)
 
 clean:
-	rm -rf .venv build models results *.egg-info mdkv_vllm/_cpu*.so
+	rm -rf .venv build models/SmolLM2-135M-Instruct *.egg-info mdkv_vllm/_cpu*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -78,9 +78,15 @@ def _prepare_model(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from mdkv_vllm.calibrate.command import calibrate
 
+    if options.out is None and not Path(options.model).is_dir():
+        raise ValueError(
+            f"{options.model} is no folder to put the basis in; name a file with --out"
+        )
     out = options.out or Path(options.model) / BASIS_FILE
     if not out.parent.is_dir():
         raise ValueError(f"--out: folder {out.parent} does not exist")
+    if options.max_tokens < 64:
+        raise ValueError(f"--max-tokens is {options.max_tokens}; allowed are numbers from 64 up")
     calibrate(options.model, options.text, out, options.max_tokens, console)
 
 

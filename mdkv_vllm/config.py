@@ -8,13 +8,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
+import torch
+
+from mdkv_vllm.core.formats import FormatError, FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.loss import LOSSES
 
 BASIS_FILE = "mixeddim_basis.safetensors"
 """Name under which a calibrated basis is looked for in the model folder."""
 PROMPT_BASIS = "prompt"
 """Value of ``basis`` that computes a basis from each prompt."""
+BLOCK_NAME = "mixeddim"
+"""Key of our settings in ``--additional-config``."""
 PRESETS = ("default", "paper")
 REQUEST_BUDGET = "mixeddim_budget"
 REQUEST_BUDGET_TOKENS = "mixeddim_budget_tokens"
@@ -94,6 +98,12 @@ class MixedDimConfig:
                 f"mixeddim.basis is {self.basis!r}; allowed are 'prompt', the path of a basis "
                 "file, or nothing"
             )
+        ranked = self.formats == "paper" or any(name.startswith("r") for name in self.formats)
+        if self.basis is not None and not ranked:
+            raise ConfigError(
+                f"mixeddim.basis is {self.basis!r}, but no format has a rank that needs one; "
+                "leave it out, or add a format such as r16"
+            )
 
     def _check_formats(self) -> None:
         if isinstance(self.formats, str):
@@ -107,18 +117,29 @@ class MixedDimConfig:
                 "list of format names"
             )
         object.__setattr__(self, "formats", tuple(self.formats))
+        try:
+            # What depends on the model's head size is checked when the model is known.
+            parse_formats(tuple(self.formats), PageGeometry(16, 1024, torch.bfloat16))
+        except FormatError as error:
+            raise ConfigError(f"mixeddim.{error}") from error
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any]) -> MixedDimConfig:
         """Read the ``mixeddim`` block of vLLM's ``--additional-config``.
 
         Raises:
-            ConfigError: the block is no object, a name is unknown, or a value is wrong.
+            ConfigError: the block is no object, a name is unknown or misplaced, or a value is
+                wrong.
         """
-        block = additional_config.get("mixeddim", {})
+        block = additional_config.get(BLOCK_NAME, {})
         if not isinstance(block, Mapping):
             raise ConfigError(f"mixeddim is {block!r}; allowed is an object of settings")
         known = [f.name for f in fields(cls)]
+        for name in additional_config:
+            if name in known:
+                raise ConfigError(f"{name} stands outside the {BLOCK_NAME} block; put it inside")
+            if name != BLOCK_NAME and _is_like(name, (BLOCK_NAME,)):
+                raise ConfigError(f"{name} is unknown; did you mean {BLOCK_NAME}?")
         for name in block:
             if name not in known:
                 raise ConfigError(f"mixeddim.{name} is unknown{_nearest(name, known)}")
@@ -157,7 +178,7 @@ def request_budget(extra_args: Mapping[str, Any] | None) -> Budget | None:
     Raises:
         ConfigError: a ``mixeddim*`` field is unknown or out of range.
     """
-    ours = {k: v for k, v in (extra_args or {}).items() if k.startswith("mixeddim")}
+    ours = {k: v for k, v in (extra_args or {}).items() if _is_like(k, REQUEST_FIELDS)}
     for name in ours:
         if name not in REQUEST_FIELDS:
             raise ConfigError(f"vllm_xargs.{name} is unknown{_nearest(name, REQUEST_FIELDS)}")
@@ -176,8 +197,14 @@ def request_budget(extra_args: Mapping[str, Any] | None) -> Budget | None:
     return Budget(tokens=tokens)
 
 
+def _is_like(name: str, known: tuple[str, ...]) -> bool:
+    """Whether a name among other people's is probably meant to be one of ours."""
+    lower = name.lower()
+    return lower.startswith(BLOCK_NAME) or bool(difflib.get_close_matches(lower, known, 1, 0.8))
+
+
 def _nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f"; did you mean {close[0]}?" if close else ""
     return f"{hint} (allowed: {', '.join(known)})"
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def run_demo(url: str | None, port: int, console: Console) -> int:
     if url is not None:
         return _compare(url.rstrip("/"), console)
     console.print("No server is running; starting one (about a minute)...")
-    with _started_server(console) as started:
+    with _started_server() as started:
         return _compare(started, console)
 
 
@@ -147,18 +147,20 @@ def ask(url: str, model: str, extra: dict[str, Any], console: Console) -> Run:
     run, request_id = Run(), ""
     with BlockMeter(url) as meter:
         started = time.perf_counter()
-        first = 0.0
+        first = second = 0.0
         for event in _stream(f"{url}/v1/completions", body):
             request_id = event["id"]
             run.usage = event.get("usage") or run.usage
             for choice in event["choices"]:
+                second = second or (time.perf_counter() if first else 0.0)
                 first = first or time.perf_counter()
                 run.answer += choice["text"]
                 if len(run.answer) < 120:
                     console.print(choice["text"].replace("\n", " "), end="", highlight=False)
         ended = time.perf_counter()
     run.first_token_seconds = first - started
-    run.decode_tokens_per_second = (run.usage["completion_tokens"] - 1) / (ended - first)
+    # Compression runs before the second token and has a line of its own.
+    run.decode_tokens_per_second = (run.usage["completion_tokens"] - 2) / (ended - second)
     run.blocks_in_use = meter.last_between(first, ended - 0.2)
     run.report = _report_of(url, request_id)
     return run
@@ -180,10 +182,12 @@ def comparison_table(runs: dict[str, Run]) -> Table:
             str(run.report.get("kept_blocks", "-")) for run in runs.values()
         ],
         "blocks in use while answering": [str(run.blocks_in_use) for run in runs.values()],
-        "prompt bytes kept": [f"{run.report.get('kept_share', 1.0):.1%}" for run in runs.values()],
+        "prompt bytes kept": [
+            f"{run.report['kept_share']:.1%}" if run.report else "-" for run in runs.values()
+        ],
         "time to first token": [f"{run.first_token_seconds:.2f} s" for run in runs.values()],
-        "of which compression": [
-            f"{run.report.get('seconds', 0.0):.2f} s" for run in runs.values()
+        "compression, before the second token": [
+            f"{run.report['seconds']:.2f} s" if run.report else "-" for run in runs.values()
         ],
         "decode tokens per second": [
             f"{run.decode_tokens_per_second:.1f}" for run in runs.values()
@@ -220,8 +224,8 @@ def _report_of(url: str, request_id: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _started_server(console: Console) -> Iterator[str]:
-    """A server of the default model on a free port, stopped at the end."""
+def _started_server() -> Iterator[str]:
+    """What `make serve` would start, on a free port; stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -244,7 +248,9 @@ def _started_server(console: Console) -> Iterator[str]:
             time.sleep(1)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
+        # A server that did not start has no process group any more.
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=60)
 
 

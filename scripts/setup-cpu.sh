@@ -117,12 +117,16 @@ done
 if [[ ! -x "$VENV/bin/python" ]]; then
     python="$(find_python)" || fail \
         "no Python 3.11, 3.12 or 3.13 found; name one with PYTHON=/path/to/python"
+    # Stamps of another interpreter would skip what this one needs.
+    rm -rf "$STAMPS"
     "$python" -m venv "$VENV" || fail "$python cannot make a virtual environment"
     printf '[done] virtual environment with Python %s in .venv\n' "$(python_version "$python")"
 fi
 version="$(python_version "$VENV/bin/python")" || fail "$VENV is broken; remove it and run again"
 [[ "$version" =~ ^3\.1[123]$ ]] || fail "$VENV has Python $version; remove it and run again"
 mkdir -p "$STAMPS"
+exec 9>"$STAMPS/lock"
+flock 9 # two at once would install over each other
 command -v "${CXX:-c++}" >/dev/null || fail "no C++ compiler found; install g++ 11 or later"
 
 cpu_hash="$(hash_of requirements/cpu.txt)"
@@ -147,6 +151,7 @@ fi
 
 # The compiled ops link against torch, so new pins mean a new build.
 package_hash="$(hash_of csrc setup.py pyproject.toml)-$cpu_hash"
+compgen -G 'mdkv_vllm/_cpu*.so' >/dev/null || rm -f "$STAMPS/package"
 run_step package "$package_hash" "mdkv-vllm, with its C++ ops" \
     pip_install --no-build-isolation --editable .
 

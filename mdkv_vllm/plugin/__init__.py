@@ -9,9 +9,23 @@ from __future__ import annotations
 def register() -> None:
     """Entry point of ``vllm.general_plugins``: make ``--attention-backend mixeddim`` known.
 
-    Raises:
-        RuntimeError: this vLLM version is not one the plugin was tested with.
+    On a vLLM that the plugin was not tested with it only says so: vLLM calls this for every
+    command, and those without mixeddim must go on.
     """
+    from mdkv_vllm.plugin.registration import TESTED_VLLM, is_supported_vllm, vllm_version
+
+    if not is_supported_vllm():
+        from vllm.logger import init_logger
+
+        # vLLM shows only what loggers below its own name say.
+        init_logger(f"vllm.{__name__}").warning(
+            "mdkv-vllm was tested with vLLM %s.x but %s is installed: 'mixeddim' is not "
+            "registered. Install vLLM %s.x or a matching mdkv-vllm.",
+            TESTED_VLLM,
+            vllm_version(),
+            TESTED_VLLM,
+        )
+        return
     from mdkv_vllm.plugin.registration import register_mixeddim
 
     register_mixeddim()

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 BACKEND_NAME = "MIXEDDIM"
 BACKEND_CLASS = "mdkv_vllm.plugin.backend.MixedDimBackend"
-TESTED_VLLM = "0.32."
+TESTED_VLLM = "0.32"
 
 
 def vllm_version() -> str:
@@ -21,20 +21,11 @@ def vllm_version() -> str:
 
 def is_supported_vllm() -> bool:
     """Whether the installed vLLM is one that the plugin was tested with."""
-    return vllm_version().startswith(TESTED_VLLM)
+    return vllm_version().startswith(f"{TESTED_VLLM}.")
 
 
 def register_mixeddim() -> None:
-    """Create the backend's enum member; calling it again does nothing.
-
-    Raises:
-        RuntimeError: the installed vLLM is outside the tested range.
-    """
-    if not is_supported_vllm():
-        raise RuntimeError(
-            f"mdkv-vllm was tested with vLLM {TESTED_VLLM}x but {vllm_version()} is installed; "
-            f"'mixeddim' is not registered. Install vllm{TESTED_VLLM}x or a matching mdkv-vllm."
-        )
+    """Create the backend's enum member; calling it again does nothing."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     if BACKEND_NAME not in AttentionBackendEnum.__members__:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
-from mdkv_vllm.config import Budget, ConfigError, MixedDimConfig, request_budget
+from mdkv_vllm.config import REQUEST_BUDGET, Budget, ConfigError, MixedDimConfig, request_budget
 
 
 def admit(params: object, config: MixedDimConfig) -> None:
@@ -21,6 +21,12 @@ def admit(params: object, config: MixedDimConfig) -> None:
         budget = request_budget(params.extra_args)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+    if budget is not None and not config.enabled and budget.share != 1.0:
+        raise VLLMValidationError(
+            "compression is off on this server (mixeddim.enabled is false); allowed is "
+            f"{REQUEST_BUDGET} 1.0, or none",
+            parameter="vllm_xargs",
+        )
     if budget is not None and _may_exceed(budget, config.default_budget):
         # The cap on prefix-cache hits assumes the default lease. A larger one reaches further
         # forward and could otherwise cover blocks that other requests share.

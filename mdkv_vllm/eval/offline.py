@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mdkv_vllm.eval.cache import HeldCache, Prefill, full_cache
-from mdkv_vllm.eval.example import Example, Turn, score
+from mdkv_vllm.eval.example import Example, Turn
 from mdkv_vllm.eval.methods import Method
 from mdkv_vllm.eval.model import EvalModel
 from mdkv_vllm.eval.prompt import prompt_text, token_ids
@@ -59,17 +59,12 @@ def measure(model: EvalModel, example: Example, turn: int, wanted: Sequence[Tria
         ):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True)
             rows.append(
-                Row(
-                    example=example.key,
-                    task=example.task,
-                    length=example.length,
-                    depth=example.depth,
-                    split=example.split,
-                    turn=turn,
+                Row.of(
+                    example,
+                    turn,
                     method=trial.method.name,
                     budget=trial.budget,
                     share=round(cache.share, 5),
-                    score=score(asked, text) if asked.answers else None,
                     divergence=divergence,
                     agreement=agreement,
                     answer=text,

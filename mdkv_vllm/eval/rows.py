@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from mdkv_vllm.eval.example import Example, score
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,21 @@ class Row:
     agreement: float | None
     answer: str
 
+    @classmethod
+    def of(cls, example: Example, turn: int, **measured: Any) -> Row:  # noqa: ANN401
+        """A row about a turn of an example; ``measured``: method to answer, without the score."""
+        asked = example.turns[turn]
+        return cls(
+            example=example.key,
+            task=example.task,
+            length=example.length,
+            depth=example.depth,
+            split=example.split,
+            turn=turn,
+            score=score(asked, measured["answer"]) if asked.answers else None,
+            **measured,
+        )
+
     @property
     def key(self) -> tuple[str, int, str, float]:
         """What a row measures."""
@@ -70,11 +88,3 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as out:
         out.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
-
-
-def missing(
-    wanted: Iterable[tuple[str, int, str, float]], rows: Iterable[Row]
-) -> Iterator[tuple[str, int, str, float]]:
-    """Keys that no row has yet."""
-    done = {row.key for row in rows}
-    return (key for key in wanted if key not in done)

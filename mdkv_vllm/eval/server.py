@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mdkv_vllm.config import REQUEST_BUDGET
-from mdkv_vllm.eval.example import Example, score
+from mdkv_vllm.eval.example import Example
 from mdkv_vllm.eval.prompt import prompt_text
 from mdkv_vllm.eval.rows import Row
 
@@ -64,17 +64,12 @@ class Server:
         prompt = prompt_text(self.tokenizer, example, turn)
         answer = self.complete(prompt, asked.max_tokens, budget)
         share = 1.0 if budget is None else budget
-        return Row(
-            example=example.key,
-            task=example.task,
-            length=example.length,
-            depth=example.depth,
-            split=example.split,
-            turn=turn,
+        return Row.of(
+            example,
+            turn,
             method=self.name,
             budget=share,
             share=share,
-            score=score(asked, answer) if asked.answers else None,
             divergence=None,
             agreement=None,
             answer=answer,

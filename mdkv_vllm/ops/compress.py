@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 
-import mdkv_vllm.ops.cpu  # noqa: F401  (its import registers the operators)
 from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.loss import Candidate
+from mdkv_vllm.ops.cpu import format_table  # its import also registers the operators
 
 
 class CpuKernels:
@@ -48,7 +47,7 @@ class CpuKernels:
 
     def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        capacity = _format_table(formats)[:, 3].long()
+        capacity = format_table(formats)[:, 3].long()
         return Allocation(
             *torch.ops.mdkv.allocate(losses.contiguous(), capacity, formats.drop, num_pages)
         )
@@ -65,15 +64,8 @@ class CpuKernels:
         torch.ops.mdkv.pack_layer(
             [keys for keys, _ in vectors],
             [values for _, values in vectors],
-            _format_table(formats),
+            format_table(formats),
             choice,
             pages,
             geometry.dtype,
         )
-
-
-@cache
-def _format_table(formats: FormatSet) -> torch.Tensor:
-    """int32 ``[formats, 4]``: rank, bits, rotation, tokens per page."""
-    rows = [(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats]
-    return torch.tensor(rows, dtype=torch.int32)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from mdkv_vllm.core.basis import Basis, hadamard
-from mdkv_vllm.core.formats import PageFormat, PageGeometry, Rotation
+from mdkv_vllm.core.formats import FormatSet, PageFormat, PageGeometry, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
 
 try:
@@ -97,6 +98,13 @@ def pack_pages(
     )
 
 
+@cache
+def format_table(formats: FormatSet) -> torch.Tensor:
+    """Formats as kernels know them: int32 ``[formats, 4]``, rank, bits, rotation, tokens a page."""
+    rows = [(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats]
+    return torch.tensor(rows, dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class DecodeTables:
     """What :func:`mixed_decode` needs to know of a model; build it once.
@@ -128,12 +136,9 @@ class DecodeTables:
         if basis is None:
             empty = torch.zeros(layout.num_layers, layout.num_kv_heads, head_size, 0)
             basis = Basis(empty, empty)
-        rows = [
-            (f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in layout.formats.formats
-        ]
         return cls(
             num_kv_heads=layout.num_kv_heads,
-            formats=torch.tensor(rows, dtype=torch.int32),
+            formats=format_table(layout.formats),
             basis_keys=_rows_per_layer(basis.keys),
             basis_values=_rows_per_layer(basis.values),
             hadamard=hadamard(head_size).contiguous(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("eval", help="measure answer quality over bytes kept")
     add_eval_arguments(evaluate)
 
+    inspect = commands.add_parser("inspect", help="show what compression keeps of one prompt")
+    inspect.add_argument("model", help="folder or hub name of the model")
+    inspect.add_argument(
+        "--prompt", required=True, metavar="FILE", help="UTF-8 text file, or - for standard input"
+    )
+    inspect.add_argument(
+        "--budget", type=float, default=0.3, help="share of bytes to keep (default: %(default)s)"
+    )
+    inspect.add_argument(
+        "--settings", default="{}", metavar="JSON", help="""other settings, as '{"window": 64}'"""
+    )
+    inspect.add_argument("--find", default="", metavar="TEXT", help="text of the prompt to mark")
+    inspect.add_argument(
+        "--chat", action=argparse.BooleanOptionalAction, default=None,
+        help="put the prompt in the model's chat template (default: where it has one)",
+    )  # fmt: skip
+    inspect.add_argument("--dtype", default="bfloat16", help="compute type (default: %(default)s)")
+    inspect.add_argument(
+        "--out", type=Path, required=True, metavar="PAGE", help="HTML file to write"
+    )
+    inspect.set_defaults(run=_inspect)
+
     demo = commands.add_parser("demo", help="ask a server about a long document")
     demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")
     demo.add_argument(
@@ -88,6 +111,41 @@ def _calibrate(options: argparse.Namespace) -> None:
     if options.max_tokens < 64:
         raise ValueError(f"--max-tokens is {options.max_tokens}; allowed are numbers from 64 up")
     calibrate(options.model, options.text, out, options.max_tokens, console)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    import torch
+
+    from mdkv_vllm.eval.inspect import inspect_prompt, read_config, tokenise
+    from mdkv_vllm.eval.inspect_page import page
+    from mdkv_vllm.eval.model import EvalModel
+
+    # What can be refused is refused before a model is loaded.
+    try:
+        config = read_config(options.budget, json.loads(options.settings))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"--settings is {options.settings!r}, which is no JSON: {error}"
+        ) from error
+    if options.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {options.dtype!r}; allowed are float32, bfloat16, float16")
+    if not options.out.parent.is_dir():
+        raise ValueError(f"--out: folder {options.out.parent} does not exist")
+    text = _prompt(options.prompt)
+    model = EvalModel(options.model, getattr(torch, options.dtype))
+    prompt = tokenise(model.tokenizer, text, options.chat, options.find)
+    inspection = inspect_prompt(model, prompt, config)
+    options.out.write_text(page(inspection), "utf-8")
+    console.print(f"{inspection.share:.1%} of the bytes kept; written: {options.out}", markup=False)
+
+
+def _prompt(path: str) -> str:
+    """A prompt file's text without the line break that editors put at its end."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt: {path} cannot be read as UTF-8 text: {error}") from error
+    return text.removesuffix("\n")
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ POOL_KERNEL = 7
 """Neighbours (odd, centred) over which losses are max-pooled, as SnapKV pools its scores."""
 HYBRID_WEIGHT = 0.2
 """Weight of the pooled loss in ``hybrid``."""
-PRIOR_WEIGHT = 0.2
+PRIOR_WEIGHT = 0.4
 """In ``hybrid``, attention that every token is expected to get from later queries, over what the
 window's queries give a token of its head on average (docs/quality.md says why)."""
 

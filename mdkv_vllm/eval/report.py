@@ -114,6 +114,7 @@ def plots(rows: Sequence[Row], folder: Path) -> list[Path]:
 def _lines(pyplot, rows: Sequence[Row], value: str, label: str):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
     figure, axes = pyplot.subplots(figsize=(8, 5))
     summaries = summarise(rows)
+    axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for method in dict.fromkeys(s.method for s in summaries):
         points = sorted(
             (100 * s.share, getattr(s, value))
@@ -129,10 +130,12 @@ def _lines(pyplot, rows: Sequence[Row], value: str, label: str):  # type: ignore
     axes.minorticks_off()
     if value == "divergence":
         axes.set_yscale("symlog", linthresh=1e-3)
+        axes.set_ylim(bottom=0)
     axes.set_xlabel("bytes kept of the 16-bit cache")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-    axes.legend(ncol=2, fontsize=8)
+    if summaries:
+        axes.legend(ncol=2, fontsize=8)
     return figure
 
 

@@ -126,6 +126,7 @@ def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     import torch
 
     from mdkv_vllm.eval.methods import methods_for
+    from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction, require_kvpress
     from mdkv_vllm.eval.model import EvalModel
     from mdkv_vllm.eval.offline import measure, trials
 
@@ -138,6 +139,8 @@ def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
             raise ValueError(f"--methods: {name!r} is unknown; allowed are {', '.join(known)}")
     # Everything else is compared with full attention.
     names = dict.fromkeys(("full", *(options.methods or known)))
+    if any(isinstance(known[name], (Eviction, ChannelPruning)) for name in names):
+        require_kvpress()
     wanted = trials([known[name] for name in names], options.budgets or DEFAULT_BUDGETS)
 
     def missing(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +18,19 @@ from mdkv_vllm.eval.model import EvalModel
 
 WINDOW = 32
 """Observation window of every method that has one, ours included (the paper's alpha)."""
+
+
+def require_kvpress() -> None:
+    """Check that the package is there that knows how the peers choose.
+
+    Raises:
+        ValueError: it is not; the message says how to get it.
+    """
+    if find_spec("kvpress") is None:
+        raise ValueError(
+            "the methods to compare with need kvpress: pip install --no-deps -r "
+            "requirements/eval.txt, or choose others with --methods"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,50 @@
+"""Per-request settings at the server's door."""
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+
+from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.plugin.requests import admit
+
+
+def admitted(config, **fields):
+    params = SamplingParams(extra_args=fields or None)
+    admit(params, config)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "skips"),
+    [
+        ({"budget": 0.4}, {}, False),
+        ({"budget": 0.4}, {"mixeddim_budget": 0.4}, False),
+        ({"budget": 0.4}, {"mixeddim_budget": 0.2}, False),
+        ({"budget": 0.4}, {"mixeddim_budget": 0.5}, True),
+        ({"budget": 0.4}, {"mixeddim_budget": 1.0}, False),
+        ({"budget": 0.4}, {"mixeddim_budget_tokens": 10}, True),
+        # Nothing is leased by default, so no lease of one's own is expected.
+        ({"budget": 1.0}, {"mixeddim_budget": 0.3}, True),
+        ({"budget_tokens": 400}, {"mixeddim_budget_tokens": 100}, True),
+        ({"budget_tokens": 400}, {"mixeddim_budget": 0.1}, True),
+    ],
+)
+def test_leases_beyond_the_defaults_read_no_prefix_cache(default, fields, skips):
+    params = admitted(MixedDimConfig(**default), **fields)
+    assert bool(params.skip_reading_prefix_cache) is skips
+
+
+@pytest.mark.parametrize("fields", [{"mixeddim_budget": 2}, {"mixeddim_budgett": 0.5}])
+def test_wrong_fields_are_the_clients_fault(fields):
+    with pytest.raises(VLLMValidationError, match=r"vllm_xargs\.mixeddim_budget"):
+        admitted(MixedDimConfig(), **fields)
+
+
+def test_no_budget_where_compression_is_off():
+    off = MixedDimConfig(enabled=False)
+    with pytest.raises(VLLMValidationError, match=r"mixeddim\.enabled is false"):
+        admitted(off, mixeddim_budget=0.3)
+    assert not admitted(off, mixeddim_budget=1.0).skip_reading_prefix_cache

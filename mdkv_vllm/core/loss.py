@@ -19,7 +19,7 @@ HYBRID_WEIGHT = 0.2
 """Weight of the pooled loss in ``hybrid``."""
 PRIOR_WEIGHT = 0.4
 """In ``hybrid``, attention that every token is expected to get from later queries, over what the
-window's queries give a token of its head on average (docs/quality.md says why)."""
+window's queries give a token of its head on average (benchmarks/NOTES.md says why)."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,11 @@ def with_prior(sums: torch.Tensor) -> torch.Tensor:
     Args:
         sums: from :func:`loss_sums`, ``[1 + candidates, kv_heads, span]``.
     """
-    mass = sums[0].clamp_min(1e-30)
-    return sums * (1 + PRIOR_WEIGHT * mass.mean(-1, keepdim=True) / mass)
+    mass = sums[0]
+    raised = mass + PRIOR_WEIGHT * mass.mean(-1, keepdim=True)
+    result = sums * (raised / mass.clamp_min(1e-30))
+    result[0] = raised  # also where the window's own attention has underflowed
+    return result
 
 
 def token_losses(

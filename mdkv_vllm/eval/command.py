@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Callable, Iterable
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mdkv_vllm import __version__
+from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.core.formats import PageGeometry
+from mdkv_vllm.core.loss import PRIOR_WEIGHT
 from mdkv_vllm.eval.example import Example
 from mdkv_vllm.eval.report import markdown, plots
 from mdkv_vllm.eval.rows import Row, append_rows, read_rows
@@ -81,6 +88,7 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(path)
     prepare = _offline if options.offline else _server
     tokenizer, measure = prepare(options)
+    check_same_run(options.out, run_description(options))
     work = [
         (example, turn)
         for example in _examples(options, tokenizer)
@@ -103,6 +111,41 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
+def run_description(options: argparse.Namespace) -> dict[str, Any]:
+    """All that rows of one folder must share to be compared."""
+    haystack = load_text(options.haystack) if options.haystack else reference_prose()
+    return {
+        "version": __version__,
+        "model": str(options.model),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "examples per task": options.per_task,
+        "haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16],
+        "formats": list(MixedDimConfig().format_set(PageGeometry(16, 64, torch.bfloat16)).names),
+        "prior weight": PRIOR_WEIGHT,
+    }
+
+
+def check_same_run(folder: Path, description: dict[str, Any]) -> None:
+    """Note what a folder's rows were measured with, or check that it is the same.
+
+    Raises:
+        ValueError: the folder holds rows of another run.
+    """
+    path = folder / "run.json"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(description, indent=1))
+        return
+    before = json.loads(path.read_text())
+    for name, value in description.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"--out: {folder} holds rows measured with {name} {before.get(name)!r}, not "
+                f"{value!r}; name another folder"
+            )
+
+
 def report(rows: list[Row], folder: Path, out: Console, console: Console) -> None:
     """Print the report and write it beside the rows.
 
@@ -123,8 +166,6 @@ Measure = Callable[[Example, int, set[tuple[str, int, str, float]]], Iterable[Ro
 
 
 def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
-    import torch
-
     from mdkv_vllm.eval.methods import methods_for
     from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction, require_kvpress
     from mdkv_vllm.eval.model import EvalModel

@@ -35,7 +35,7 @@ def overview(rows: Sequence[Row]) -> str:
     lines = [
         [
             s.method,
-            f"{s.share:.1%}",
+            _bytes(s),
             str(s.count),
             _number(s.accuracy),
             f"{_number(s.low)} to {_number(s.high)}" if s.low is not None else "",
@@ -58,8 +58,7 @@ def by_task(rows: Sequence[Row]) -> str:
         for task in tasks
     }
     lines = [
-        [s.method, f"{s.share:.1%}"]
-        + [_number(columns[task].get((s.method, s.budget))) for task in tasks]
+        [s.method, _bytes(s)] + [_number(columns[task].get((s.method, s.budget))) for task in tasks]
         for s in _ordered(summarise(rows))
     ]
     return _table(["method", "bytes", *(f"{task} {length}" for task, length in tasks)], lines)
@@ -67,6 +66,12 @@ def by_task(rows: Sequence[Row]) -> str:
 
 def _ordered(summaries: list[Summary]) -> list[Summary]:
     return sorted(summaries, key=lambda s: (-round(s.budget, 2), s.divergence or 0.0))
+
+
+def _bytes(summary: Summary) -> str:
+    if summary.share is None:
+        return f"{summary.budget:.1%} asked"
+    return f"{summary.share:.1%}"
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -117,7 +122,7 @@ def _lines(pyplot, rows: Sequence[Row], value: str, label: str):  # type: ignore
     axes.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
     for method in dict.fromkeys(s.method for s in summaries):
         points = sorted(
-            (100 * s.share, getattr(s, value))
+            (100 * (s.budget if s.share is None else s.share), getattr(s, value))
             for s in summaries
             if s.method == method and getattr(s, value) is not None
         )
@@ -152,7 +157,7 @@ def _depths(pyplot, rows: Sequence[Row]):  # type: ignore[no-untyped-def]  # noq
         grid.append(line)
     figure, axes = pyplot.subplots(figsize=(8, 0.25 * len(grid) + 1.5))
     picture = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_yticks(range(len(grid)), [f"{s.method} {s.share:.1%}" for s in summaries], fontsize=7)
+    axes.set_yticks(range(len(grid)), [f"{s.method} {_bytes(s)}" for s in summaries], fontsize=7)
     axes.set_xticks(range(len(depths)), [f"{depth:.2f}" for depth in depths], fontsize=7)
     axes.set_xlabel("depth of the needle in the prompt")
     figure.colorbar(picture, label="found")

@@ -24,7 +24,8 @@ class Row:
         turn: index of the turn.
         method: the method's name.
         budget: share of bytes asked for.
-        share: share of bytes held: lease, window and basis over the full cache in 16 bit.
+        share: share of bytes held: lease, window and basis over the full cache in 16 bit; None
+            where a server was asked, which does not say.
         score: 0 to 1, None where the task has no reference answer.
         divergence: mean Kullback-Leibler divergence from full attention, nats per token, along
             full attention's own answer; None where it was not measured.
@@ -40,7 +41,7 @@ class Row:
     turn: int
     method: str
     budget: float
-    share: float
+    share: float | None
     score: float | None
     divergence: float | None
     agreement: float | None

@@ -63,13 +63,12 @@ class Server:
         asked = example.turns[turn]
         prompt = prompt_text(self.tokenizer, example, turn)
         answer = self.complete(prompt, asked.max_tokens, budget)
-        share = 1.0 if budget is None else budget
         return Row.of(
             example,
             turn,
             method=self.name,
-            budget=share,
-            share=share,
+            budget=1.0 if budget is None else budget,
+            share=None,
             divergence=None,
             agreement=None,
             answer=answer,

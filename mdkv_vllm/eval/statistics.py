@@ -22,7 +22,7 @@ class Summary:
     Attributes:
         method: its name.
         budget: share of bytes asked for.
-        share: mean share of bytes held.
+        share: mean share of bytes held, None where that is not known.
         count: scored answers.
         accuracy: mean score.
         low: lower end of the 95 % Wilson interval of the accuracy.
@@ -33,7 +33,7 @@ class Summary:
 
     method: str
     budget: float
-    share: float
+    share: float | None
     count: int
     accuracy: float | None
     low: float | None
@@ -71,7 +71,7 @@ def _summary(method: str, budget: float, rows: Sequence[Row]) -> Summary:
     return Summary(
         method,
         budget,
-        math.fsum(row.share for row in rows) / len(rows),
+        _mean([row.share for row in rows if row.share is not None]),
         len(scores),
         accuracy,
         low,

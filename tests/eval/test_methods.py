@@ -83,3 +83,14 @@ def test_ours_reads_back_what_the_lease_holds(model, prefill):
     assert means["full"].max() < 0.01  # float32 rounded to 16 bit
     assert means["i8"].mean() < 0.02
     assert means["i8"].mean() < means["i4"].mean() < 0.2
+
+
+def test_peers_keep_as_many_tokens_as_they_may(model, prefill):
+    methods = methods_for(model)
+    for name in ("snapkv", "expected", "tova"):
+        for budget in (0.5, 0.27, 0.1):
+            kept = methods[name].apply(model, prefill, budget).kept.sum(-1)
+            assert (kept == int(budget * PROMPT_TOKENS) // 16 * 16).all(), name
+    with pytest.raises(ValueError, match="less than a page"):
+        methods["snapkv"].apply(model, prefill, 0.01)
+    assert methods["adakv"].apply(model, prefill, 1.0).share == 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted
+from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted, full_cache
 from mdkv_vllm.eval.model import EvalModel
 
 WINDOW = 32
@@ -51,12 +51,20 @@ class Eviction:
         # Whole pages first; lists of uneven length then waste half a page each, which is
         # taken off once so that the bytes come out at the budget or just below.
         tokens = int(budget * prefill.num_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
+        if tokens == 0:
+            raise ValueError(
+                f"--budgets: {budget} of {prefill.num_tokens} tokens is less than a page of "
+                f"{BLOCK_TOKENS} per head, which {self.name} needs"
+            )
+        if tokens >= prefill.num_tokens:
+            return full_cache(prefill)
         held = self._keep(model, prefill, tokens)
         over = (held.share - budget) * prefill.num_tokens
         return held if over <= 0 else self._keep(model, prefill, tokens - int(over) - 1)
 
     def _keep(self, model: EvalModel, prefill: Prefill, tokens: int) -> HeldCache:
-        press = self.build(1 - tokens / prefill.num_tokens)
+        # kvpress rounds down what is left; half a token more makes it the number meant.
+        press = self.build(1 - (tokens + 0.5) / prefill.num_tokens)
         layers = [
             _kept_tokens(press, attention, prefill, layer)
             for layer, attention in enumerate(model.attentions)
@@ -136,7 +144,11 @@ def adakv(removed: float) -> Any:  # noqa: ANN401
 
 
 def pyramidkv(removed: float) -> Any:  # noqa: ANN401
-    """PyramidKV (arXiv 2406.02069)."""
+    """PyramidKV (arXiv 2406.02069).
+
+    Where its smallest layer would hold less than the window, as it does at small budgets of
+    prompts of some thousand tokens, kvpress falls back to SnapKV.
+    """
     from kvpress import PyramidKVPress
 
     return PyramidKVPress(compression_ratio=removed, window_size=WINDOW)

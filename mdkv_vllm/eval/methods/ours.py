@@ -106,4 +106,7 @@ def read_back(
                     if fmt.rotation is Rotation.BASIS:
                         directions = getattr(basis, side)[layer, head]
                     held[layer, head, places] = to_full(vectors, fmt, directions).float()
-    return HeldCache(keys, values, kept, plan.kept_share, chosen)
+    # In whole blocks, as the peers are counted.
+    blocks = -(-prefill.num_tokens // plan.block_size)
+    share = (blocks - plan.first_lease_block) / blocks
+    return HeldCache(keys, values, kept, share, chosen)

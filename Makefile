@@ -1,6 +1,6 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
 .PHONY: setup serve demo test lint bench eval clean
-export MODEL PORT BUDGET ARGS
+export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
 

@@ -64,7 +64,6 @@ class Compressor:
         load_layer: LoadLayer,
         queries: torch.Tensor,
         plan: LeasePlan,
-        formats: FormatSet,
         keep_allocations: bool = False,
     ) -> CompressedPrompt:
         """Compress a prompt into the pages of its lease.
@@ -74,13 +73,11 @@ class Compressor:
             queries: float32 ``[layers, query_heads, window, head_size]``, the prompt's last
                 ``window`` queries after rotary embedding.
             plan: the prompt's lease plan.
-            formats: formats allowed for this prompt; a subset of the layout's, in order.
             keep_allocations: keep each layer's choices, for reports.
         """
-        layout, geometry = self.layout, self.layout.geometry
+        layout, geometry, formats = self.layout, self.layout.geometry, self.layout.formats
         num_pages = plan.num_lease_blocks * layout.pages_per_block
         pages = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
-        columns = [layout.formats.formats.index(f) for f in formats.formats]
         capacity = torch.tensor([f.tokens_per_page for f in formats.formats])
         tokens = torch.zeros(layout.table_shape[:3], dtype=torch.int64)
         result = CompressedPrompt(pages, tokens)
@@ -92,7 +89,7 @@ class Compressor:
             span = _Span(keys, values, plan.span_tokens, rotations)
             losses = self._losses(span, queries[layer], formats)
             chosen = self.kernels.allocate(losses, formats, budget)
-            tokens[layer][:, columns] = chosen.tokens
+            tokens[layer] = chosen.tokens
             vectors = [span.rotated(f) for f in formats.formats]
             self.kernels.pack(vectors, formats, chosen.choice, geometry, pages[first:])
             first += int(((chosen.tokens + capacity - 1) // capacity).sum())

@@ -33,6 +33,9 @@ import torch
 SCALE_BYTES = 2
 """Bytes of one scale; one for K and one for V per token and head."""
 
+CODE_ZERO = {8: 128.0, 4: 7.5, 2: 1.5}
+"""The code that stands for zero, by bits."""
+
 _NAME = re.compile(r"(?:r(?P<rank>[1-9][0-9]*))?(?:i(?P<bits>[248]))?")
 
 
@@ -95,7 +98,7 @@ class PageFormat:
     @property
     def zero(self) -> float:
         """The code value that stands for zero."""
-        return {8: 128.0, 4: 7.5, 2: 1.5}[self.bits] if self.quantised else 0.0
+        return CODE_ZERO[self.bits] if self.quantised else 0.0
 
     @property
     def section_bytes(self) -> int:

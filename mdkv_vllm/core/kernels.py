@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from mdkv_vllm.core.allocate import Allocation, allocate
-from mdkv_vllm.core.formats import FormatSet, PageGeometry
+from mdkv_vllm.core.formats import CODE_ZERO, FormatSet, PageGeometry
 from mdkv_vllm.core.loss import Candidate, loss_sums, window_logits
 from mdkv_vllm.core.packing import pack_list
 from mdkv_vllm.core.quantise import dequantise, quantise
@@ -92,8 +92,7 @@ class ReferenceKernels:
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`CompressionKernels`."""
-        zero = {8: 128.0, 4: 7.5, 2: 1.5}[bits]
-        read = [dequantise(*quantise(x, bits), zero) for x in (keys, values)]
+        read = [dequantise(*quantise(x, bits), CODE_ZERO[bits]) for x in (keys, values)]
         return read[0], (values - read[1]).square().sum(-1)
 
     def loss_sums(

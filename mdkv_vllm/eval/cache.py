@@ -36,11 +36,6 @@ class Prefill:
         """Length of the prompt."""
         return len(self.token_ids)
 
-    @property
-    def window(self) -> int:
-        """How many of the last queries were kept."""
-        return self.queries.shape[2]
-
 
 @dataclass
 class Recorder:

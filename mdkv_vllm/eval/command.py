@@ -88,10 +88,11 @@ def run(options: argparse.Namespace) -> None:
     rows = read_rows(path)
     prepare = _offline if options.offline else _server
     tokenizer, measure = prepare(options)
-    check_same_run(options.out, run_description(options))
+    text = load_text(options.haystack) if options.haystack else reference_prose()
+    check_same_run(options.out, run_description(options, text))
     work = [
         (example, turn)
-        for example in _examples(options, tokenizer)
+        for example in _examples(options, text, tokenizer)
         for turn in range(len(example.turns))
         if options.split in (None, example.split)
     ]
@@ -111,9 +112,8 @@ def run(options: argparse.Namespace) -> None:
     )
 
 
-def run_description(options: argparse.Namespace) -> dict[str, Any]:
+def run_description(options: argparse.Namespace, haystack: str) -> dict[str, Any]:
     """All that rows of one folder must share to be compared."""
-    haystack = load_text(options.haystack) if options.haystack else reference_prose()
     return {
         "version": __version__,
         "model": str(options.model),
@@ -204,7 +204,7 @@ def _server(options: argparse.Namespace) -> tuple[Any, Measure]:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     server = Server(options.server, options.name or "server", tokenizer)
-    server.model()  # unreachable servers are found before any work is done
+    _ = server.model  # unreachable servers are found before any work is done
     budgets: list[float | None] = list(options.budgets or [None])
 
     def missing(
@@ -218,7 +218,7 @@ def _server(options: argparse.Namespace) -> tuple[Any, Measure]:
     return tokenizer, missing
 
 
-def _examples(options: argparse.Namespace, tokenizer: Any) -> list[Example]:  # noqa: ANN401
+def _examples(options: argparse.Namespace, text: str, tokenizer: Any) -> list[Example]:  # noqa: ANN401
     """Examples, one of each task and length in turn: a run cut short is balanced."""
 
     def count(text: str) -> int:
@@ -227,10 +227,10 @@ def _examples(options: argparse.Namespace, tokenizer: Any) -> list[Example]:  # 
     if options.published:
         files = [load_published(path, count)[: options.limit] for path in options.published]
         return [e for group in zip_longest(*files) for e in group if e is not None]
-    text = load_text(options.haystack) if options.haystack else reference_prose()
+    haystack = Haystack(text, count)
     tasks = options.tasks or list(TASKS)
     lists = [
-        list(generate([task], [length], options.per_task, Haystack(text, count), options.seed))
+        list(generate([task], [length], options.per_task, haystack, options.seed))
         for task in tasks
         for length in options.lengths
     ]

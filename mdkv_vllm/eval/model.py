@@ -61,7 +61,6 @@ class EvalModel:
             attention.rotary_emb = decoder.rotary_emb
         config = self.model.config.get_text_config()
         self.num_layers: int = config.num_hidden_layers
-        self.num_query_heads: int = config.num_attention_heads
         self.num_kv_heads: int = config.num_key_value_heads
         self.head_size: int = self.attentions[0].head_dim
         self.scale: float = self.attentions[0].scaling

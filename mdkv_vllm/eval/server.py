@@ -6,6 +6,7 @@ import json
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from mdkv_vllm.config import REQUEST_BUDGET
@@ -34,6 +35,7 @@ class Server:
     tokenizer: Any
     seconds: float = 600.0
 
+    @cached_property
     def model(self) -> str:
         """The name of the model it serves."""
         return str(self._get("/v1/models")["data"][0]["id"])
@@ -41,7 +43,7 @@ class Server:
     def complete(self, prompt: str, max_tokens: int, budget: float | None) -> str:
         """A greedy completion of a rendered prompt."""
         body: dict[str, Any] = {
-            "model": self.model(),
+            "model": self.model,
             "prompt": prompt,
             "max_tokens": max_tokens,
             "temperature": 0,

@@ -250,7 +250,6 @@ class Runtime:
             lambda layer: self._load_layer(layer, pending.blocks, plan.prompt_tokens),
             prompt.window,
             plan,
-            self.policy.formats,
         )
         lease = pending.blocks[plan.first_lease_block : plan.tail_block].long()
         target = self.arena.view(torch.uint8).flatten(1)

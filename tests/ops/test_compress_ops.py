@@ -225,7 +225,7 @@ def compress(
     queries = torch.randn(layers, heads * group, window, size)
     compressor = Compressor(layout, loss, size**-0.5, kernels=kernels)
     result = compressor.compress(
-        lambda layer: (cache[layer, 0], cache[layer, 1]), queries, plan, formats, True
+        lambda layer: (cache[layer, 0], cache[layer, 1]), queries, plan, True
     )
     return result, layout
 

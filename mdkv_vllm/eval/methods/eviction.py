@@ -87,7 +87,6 @@ def _kept_tokens(press: Any, attention: Any, prefill: Prefill, layer: int) -> to
         attention.masked_key_indices = None
         kept[heads, places] = False
         return kept
-    count = prefill.num_tokens
     if isinstance(press, PyramidKVPress):
         count = press.get_layer_budget(attention, prefill.num_tokens)
     else:

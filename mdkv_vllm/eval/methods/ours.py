@@ -10,7 +10,7 @@ from mdkv_vllm.calibrate.artifact import load_basis
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
-from mdkv_vllm.core.formats import FormatSet, PageGeometry, Rotation
+from mdkv_vllm.core.formats import PageGeometry, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeasePlan
@@ -44,17 +44,15 @@ class MixedDim:
         plan = policy.plan(prefill.num_tokens, None)
         if plan is None:
             return full_cache(prefill)
-        formats = policy.formats
         basis = self._basis(model, policy)
         compressor = Compressor(policy.layout, config.loss, model.scale, basis, CpuKernels())
         result = compressor.compress(
             lambda layer: (prefill.keys[layer].float(), prefill.values[layer].float()),
             prefill.queries[:, :, -config.window :].float(),
             plan,
-            formats,
             keep_allocations=True,
         )
-        return read_back(prefill, result, plan, policy.layout, formats, basis)
+        return read_back(prefill, result, plan, policy.layout, basis)
 
     def _basis(self, model: EvalModel, policy: Policy) -> Basis | None:
         if not policy.formats.uses_basis or policy.prompt_basis:
@@ -69,7 +67,6 @@ def read_back(
     result: CompressedPrompt,
     plan: LeasePlan,
     layout: LeaseLayout,
-    formats: FormatSet,
     basis: Basis | None,
 ) -> HeldCache:
     """Put every token of a packed lease back in its place.
@@ -79,9 +76,9 @@ def read_back(
         result: its lease, with the allocations kept.
         plan: its plan.
         layout: what leases look like.
-        formats: the formats that were allowed.
         basis: the calibrated basis in use, if any.
     """
+    formats = layout.formats
     keys, values = prefill.keys.float().clone(), prefill.values.float().clone()
     kept = torch.ones(keys.shape[:3], dtype=torch.bool)
     chosen = torch.full(
@@ -96,8 +93,7 @@ def read_back(
         chosen[layer, :, : plan.span_tokens] = allocation.choice + int(formats.drop)
         for head, choice in enumerate(allocation.choice):
             for index, fmt in enumerate(formats.formats):
-                column = layout.formats.formats.index(fmt)
-                count, first = table[layer, head, column].tolist()
+                count, first = table[layer, head, index].tolist()
                 pages = result.pages[first : first + fmt.pages(count)]
                 low = unpack_list(pages, count, fmt, layout.geometry)
                 places = (choice == index).nonzero().squeeze(1)

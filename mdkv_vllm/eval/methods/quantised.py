@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from mdkv_vllm.core.basis import hadamard
-from mdkv_vllm.core.formats import SCALE_BYTES
+from mdkv_vllm.core.formats import CODE_ZERO, SCALE_BYTES
 from mdkv_vllm.core.quantise import dequantise, quantise
 from mdkv_vllm.eval.cache import HeldCache, Prefill
 from mdkv_vllm.eval.model import EvalModel
-
-_ZERO = {8: 128.0, 4: 7.5, 2: 1.5}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class Uniform:
 
         def round_trip(x: torch.Tensor) -> torch.Tensor:
             rotated = x.float() @ rotation
-            return dequantise(*quantise(rotated, self.bits), _ZERO[self.bits]) @ rotation
+            return dequantise(*quantise(rotated, self.bits), CODE_ZERO[self.bits]) @ rotation
 
         kept = torch.ones(prefill.keys.shape[:3], dtype=torch.bool)
         return HeldCache(round_trip(prefill.keys), round_trip(prefill.values), kept, budget)

@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test lint bench eval clean
+.PHONY: setup serve demo test lint bench eval lm-eval clean
 export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
@@ -35,12 +35,24 @@ bench:
 	$(BIN)/python benchmarks/prefill.py --model $(MODEL) --out results/prefill.json
 	$(BIN)/python benchmarks/serving.py --model $(MODEL) --out results/serving.json
 
-# Quality of every method at every budget, hours on two cores; QUICK=1 takes minutes.
+# The tables and plots of docs/quality.md, hours on two cores; QUICK=1 takes minutes. HAYSTACK=
+# names text to hide things in other than the text that the defaults were chosen on.
+EVAL := --tasks needle_digits followup multikey_1 multikey_2 long_answer \
+    --lengths 1024 2048 --per-task 6 --budgets 0.5 0.266 0.125 0.0625 --seed 1
 eval: MODEL := models/SmolLM2-135M-Instruct
 eval:
 	scripts/setup-cpu.sh --dev
 	$(BIN)/mdkv prepare-model --out $(MODEL)
-	$(BIN)/mdkv eval $(MODEL) --offline --out results/eval $(if $(QUICK),--quick)
+	test -f $(MODEL)/mixeddim_heads.safetensors || $(BIN)/mdkv head-scores $(MODEL)
+	$(BIN)/mdkv eval $(MODEL) --offline --out results/eval $(if $(QUICK),--quick,$(EVAL)) \
+	    $(if $(HAYSTACK),--haystack $(HAYSTACK))
+
+# The same tasks put by EleutherAI's lm_eval to the server that `make serve` started.
+lm-eval: MODEL := models/SmolLM2-135M-Instruct
+lm-eval:
+	scripts/setup-cpu.sh --dev
+	$(BIN)/python benchmarks/lm_eval/run.py $(MODEL) --server http://127.0.0.1:$(or $(PORT),8000) \
+	    $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean:
 	rm -rf .venv build models/SmolLM2-135M-Instruct *.egg-info mdkv_vllm/_cpu*.so

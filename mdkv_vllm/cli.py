@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mdkv_vllm import __version__
-from mdkv_vllm.config import BASIS_FILE
+from mdkv_vllm.config import BASIS_FILE, HEADS_FILE
 from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
 
 console = Console(stderr=True)
@@ -58,6 +58,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     calibrate.set_defaults(run=_calibrate)
 
+    heads = commands.add_parser(
+        "head-scores", help="find the heads that need more of the budget than others"
+    )
+    heads.add_argument("model", help="folder or hub name of the model")
+    heads.add_argument(
+        "--text", type=Path, nargs="+", default=[], metavar="FILE",
+        help="text files or folders to hide answers in (default: Python's language reference)",
+    )  # fmt: skip
+    heads.add_argument(
+        "--lengths", nargs="+", type=int, default=[512, 1024], metavar="TOKENS"
+    )
+    heads.add_argument(
+        "--per-length", type=int, default=5, metavar="N",
+        help="questions of either kind at each length (default: %(default)s)",
+    )  # fmt: skip
+    heads.add_argument("--device", default="cpu", help="torch device (default: %(default)s)")
+    heads.add_argument(
+        "--out", type=Path, help=f"file to write (default: {HEADS_FILE} in the model folder)"
+    )
+    heads.set_defaults(run=_head_scores)
+
     evaluate = commands.add_parser("eval", help="measure answer quality over bytes kept")
     add_eval_arguments(evaluate)
 
@@ -101,16 +122,35 @@ def _prepare_model(options: argparse.Namespace) -> None:
 def _calibrate(options: argparse.Namespace) -> None:
     from mdkv_vllm.calibrate.command import calibrate
 
-    if options.out is None and not Path(options.model).is_dir():
-        raise ValueError(
-            f"{options.model} is no folder to put the basis in; name a file with --out"
-        )
-    out = options.out or Path(options.model) / BASIS_FILE
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: folder {out.parent} does not exist")
+    out = _artifact(options, BASIS_FILE)
     if options.max_tokens < 64:
         raise ValueError(f"--max-tokens is {options.max_tokens}; allowed are numbers from 64 up")
     calibrate(options.model, options.text, out, options.max_tokens, console)
+
+
+def _head_scores(options: argparse.Namespace) -> None:
+    from mdkv_vllm.calibrate.command import head_scores
+
+    out = _artifact(options, HEADS_FILE)
+    for length in options.lengths:
+        if length < 256:
+            raise ValueError(f"--lengths: {length} is too short; allowed are numbers from 256 up")
+    if options.per_length < 1:
+        raise ValueError(f"--per-length is {options.per_length}; allowed are numbers from 1 up")
+    head_scores(
+        options.model, options.text, out, options.lengths, options.per_length, options.device,
+        console,
+    )  # fmt: skip
+
+
+def _artifact(options: argparse.Namespace, name: str) -> Path:
+    """Where a file about a model goes: ``--out``, or the model's folder."""
+    if options.out is None and not Path(options.model).is_dir():
+        raise ValueError(f"{options.model} is no folder to put {name} in; name a file with --out")
+    out = Path(options.out or Path(options.model) / name)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: folder {out.parent} does not exist")
+    return out
 
 
 def _inspect(options: argparse.Namespace) -> None:

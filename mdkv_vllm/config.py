@@ -11,12 +11,19 @@ from typing import Any
 import torch
 
 from mdkv_vllm.core.formats import FormatError, FormatSet, PageGeometry, parse_formats
+from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.loss import LOSSES
 
 BASIS_FILE = "mixeddim_basis.safetensors"
 """Name under which a calibrated basis is looked for in the model folder."""
+HEADS_FILE = "mixeddim_heads.safetensors"
+"""Name under which head scores are looked for in the model folder."""
 PROMPT_BASIS = "prompt"
 """Value of ``basis`` that computes a basis from each prompt."""
+EVEN_HEADS = "even"
+"""Value of ``heads`` that gives every layer the same bytes."""
+DEFAULT_HEAD_SHARE = 0.67
+DEFAULT_HEAD_POWER = 0.5
 BLOCK_NAME = "mixeddim"
 """Key of our settings in ``--additional-config``."""
 PRESETS = ("default", "paper")
@@ -64,6 +71,13 @@ class MixedDimConfig:
         formats: ``default``, ``paper``, or a list of format names.
         basis: ``prompt``, a path to a calibrated basis, or None to look for
             ``mixeddim_basis.safetensors`` in the model folder.
+        heads: ``even`` gives every layer the same bytes, for which its heads compete; otherwise
+            each head has a budget of its own by its score: a path to head scores, or None to
+            look for ``mixeddim_heads.safetensors`` in the model folder and be ``even`` without.
+        head_share: part of the budget that goes by head scores, above 0, up to 1; the rest is
+            the same for every head. Default 0.67.
+        head_power: exponent of the scores, above 0, up to 4; the lower, the more alike are heads
+            treated. Default 0.5.
         loss: ``hybrid``, ``pooled``, ``solo`` or ``paper``.
         min_prompt_tokens: shorter prompts are left alone, from 1.
 
@@ -74,9 +88,12 @@ class MixedDimConfig:
     enabled: bool = True
     budget: float | None = None
     budget_tokens: int | None = None
-    window: int = 32
+    window: int = 16
     formats: str | tuple[str, ...] = "default"
     basis: str | None = None
+    heads: str | None = None
+    head_share: float | None = None
+    head_power: float | None = None
     loss: str = "hybrid"
     min_prompt_tokens: int = 256
 
@@ -98,12 +115,30 @@ class MixedDimConfig:
                 f"mixeddim.basis is {self.basis!r}; allowed are 'prompt', the path of a basis "
                 "file, or nothing"
             )
+        self._check_heads()
         ranked = self.formats == "paper" or any(name.startswith("r") for name in self.formats)
         if self.basis is not None and not ranked:
             raise ConfigError(
                 f"mixeddim.basis is {self.basis!r}, but no format has a rank that needs one; "
                 "leave it out, or add a format such as r16"
             )
+
+    def _check_heads(self) -> None:
+        if self.heads is not None and (not isinstance(self.heads, str) or not self.heads):
+            raise ConfigError(
+                f"mixeddim.heads is {self.heads!r}; allowed are {EVEN_HEADS!r}, the path of a file "
+                "of head scores, or nothing"
+            )
+        for name in ("head_share", "head_power"):
+            if getattr(self, name) is not None and self.heads == EVEN_HEADS:
+                raise ConfigError(
+                    f"mixeddim.{name} is {getattr(self, name)!r}, but mixeddim.heads is "
+                    f"{EVEN_HEADS!r}, which uses no scores; leave one out"
+                )
+        if self.head_share is not None:
+            _check_above_0("mixeddim.head_share", self.head_share, 1)
+        if self.head_power is not None:
+            _check_above_0("mixeddim.head_power", self.head_power, 4)
 
     def _check_formats(self) -> None:
         if isinstance(self.formats, str):
@@ -171,6 +206,28 @@ class MixedDimConfig:
         """Where the calibrated basis is expected for a model folder."""
         return Path(self.basis) if self.basis else Path(model) / BASIS_FILE
 
+    def head_budgets(self, scores: torch.Tensor) -> HeadBudgets:
+        """Budgets by scores of KV heads, float ``[layers, kv_heads]``."""
+        share = DEFAULT_HEAD_SHARE if self.head_share is None else self.head_share
+        power = DEFAULT_HEAD_POWER if self.head_power is None else self.head_power
+        return HeadBudgets(scores, share, power)
+
+    def heads_path(self, model: str) -> Path | None:
+        """File of head scores to use with a model folder; None for even budgets.
+
+        Raises:
+            ConfigError: ``heads`` names a file that does not exist.
+        """
+        if self.heads == EVEN_HEADS or not self.enabled:
+            return None
+        path = Path(self.heads) if self.heads else Path(model) / HEADS_FILE
+        if self.heads and not path.is_file():
+            raise ConfigError(
+                f"mixeddim.heads: {path} does not exist; make it with 'mdkv head-scores', or set "
+                f"heads to {EVEN_HEADS!r}"
+            )
+        return path if path.is_file() else None
+
 
 def request_budget(extra_args: Mapping[str, Any] | None) -> Budget | None:
     """The budget a request brings in ``vllm_xargs``, or None.
@@ -210,12 +267,15 @@ def _nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
 
 
 def _check_budget(name: str, value: Any, required: bool = False) -> None:  # noqa: ANN401
-    if value is None and not required:
-        return
+    if value is not None or required:
+        _check_above_0(name, value, 1, " (no compression)")
+
+
+def _check_above_0(name: str, value: Any, most: int, meaning: str = "") -> None:  # noqa: ANN401
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value <= 1:
+    if not number or not 0 < value <= most:
         raise ConfigError(
-            f"{name} is {value!r}; allowed are numbers above 0, up to 1 (no compression)"
+            f"{name} is {value!r}; allowed are numbers above 0, up to {most}{meaning}"
         )
 
 

@@ -33,6 +33,7 @@ arguments=(--host 127.0.0.1 --port "$port" --attention-backend mixeddim --enforc
 if [[ "$model" == "$DEFAULT_MODEL" ]]; then
     [[ -f "$model/mdkv_manifest.json" ]] || mdkv prepare-model --out "$model"
     [[ -f "$model/mixeddim_basis.safetensors" ]] || mdkv calibrate "$model" --max-tokens 8192
+    [[ -f "$model/mixeddim_heads.safetensors" ]] || mdkv head-scores "$model"
     arguments+=(--served-model-name SmolLM2-135M-Instruct)
 fi
 # Without bf16 instructions the model computes faster in float32; its cache stays 16-bit.

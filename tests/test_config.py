@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdkv_vllm.config import Budget, ConfigError, MixedDimConfig, request_budget
+from mdkv_vllm.config import HEADS_FILE, Budget, ConfigError, MixedDimConfig, request_budget
 from mdkv_vllm.core.formats import PageGeometry
 
 
@@ -22,6 +22,9 @@ from mdkv_vllm.core.formats import PageGeometry
         ({"mixeddim": {"formats": ["drop"]}}, "keeps no token"),
         ({"mixeddim": {"formats": "papre"}}, "allowed are default, paper"),
         ({"mixeddim": {"basis": "some.safetensors"}}, "no format has a rank"),
+        ({"mixeddim": {"heads": 3}}, "allowed are 'even', the path"),
+        ({"mixeddim": {"head_share": 1.5}}, "mixeddim.head_share is 1.5; allowed are numbers"),
+        ({"mixeddim": {"heads": "even", "head_share": 0.5}}, "uses no scores; leave one out"),
         ({"mixeddim": {"loss": "mean"}}, "allowed are paper, solo, pooled, hybrid"),
         ({"mixeddim": {"enabled": "yes"}}, "allowed are true and false"),
     ],
@@ -63,3 +66,15 @@ def test_the_papers_ranks_for_any_head_size(head_size, ranks):
     geometry = PageGeometry(16, head_size, torch.bfloat16)
     names = MixedDimConfig(formats="paper").format_set(geometry).names
     assert names == ("drop", f"r{ranks[0]}", f"r{ranks[1]}", "full")
+
+
+def test_where_head_scores_are_looked_for(tmp_path):
+    model = str(tmp_path)
+    assert MixedDimConfig().heads_path(model) is None
+    (tmp_path / HEADS_FILE).touch()
+    assert MixedDimConfig().heads_path(model) == tmp_path / HEADS_FILE
+    assert MixedDimConfig(heads="even").heads_path(model) is None
+    assert MixedDimConfig(enabled=False).heads_path(model) is None
+    missing = str(tmp_path / "other.safetensors")
+    with pytest.raises(ConfigError, match="does not exist; make it with 'mdkv head-scores'"):
+        MixedDimConfig(heads=missing).heads_path(model)

@@ -1,4 +1,4 @@
-"""The calibrated basis as a file: safetensors with metadata that names its model."""
+"""Calibrated basis and head scores as files: safetensors with metadata that names their model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.heads import HeadBudgets
 
 FORMAT_VERSION = "1"
 _SAMPLE_BYTES = 1 << 16
@@ -19,19 +21,19 @@ _SINGLE_WEIGHTS = "model.safetensors"
 
 
 class ArtifactError(ValueError):
-    """A basis file that cannot be used; the message says why."""
+    """A file that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """Where a basis comes from.
+    """Where a basis or head scores come from.
 
     Attributes:
-        model: name or folder as given to ``mdkv calibrate``.
+        model: name or folder as given to the command that made the file.
         model_identity: from :func:`model_identity`.
-        method: how the basis was computed.
+        method: how the contents were computed.
         text_digest: SHA-256 of the calibration text.
-        tokens: tokens it was computed from.
+        tokens: tokens they were computed from.
     """
 
     model: str
@@ -69,24 +71,8 @@ def model_identity(model: str) -> str:
 
 
 def save_basis(path: Path, basis: Basis, info: ArtifactInfo) -> None:
-    """Write a basis and its origin; the file appears only when it is whole.
-
-    A model folder with a single weights file also gets an index of it: without one, vLLM
-    loads every safetensors file of the folder as weights, the basis among them.
-    """
-    weights = path.parent / _SINGLE_WEIGHTS
-    index = path.parent / f"{_SINGLE_WEIGHTS}.index.json"
-    if weights.is_file() and not index.exists():
-        with safe_open(str(weights), framework="pt") as file:
-            names = {name: _SINGLE_WEIGHTS for name in file.keys()}  # noqa: SIM118
-        content = {"metadata": {"total_size": weights.stat().st_size}, "weight_map": names}
-        index.write_text(json.dumps(content, indent=1))
-    metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
-    temporary = path.with_suffix(".tmp")
-    save_file(
-        {"keys": basis.keys.contiguous(), "values": basis.values.contiguous()}, temporary, metadata
-    )
-    temporary.replace(path)
+    """Write a basis and its origin; see :func:`_save`."""
+    _save(path, {"keys": basis.keys, "values": basis.values}, info)
 
 
 def load_basis(path: Path, model: str, sizes: tuple[int, int, int]) -> Basis:
@@ -102,12 +88,7 @@ def load_basis(path: Path, model: str, sizes: tuple[int, int, int]) -> Basis:
             of other sizes.
     """
     info, basis = read_basis(path)
-    identity = model_identity(model)
-    if info.model_identity != identity:
-        raise ArtifactError(
-            f"{path} was calibrated for {info.model} ({info.model_identity[:19]}), not for "
-            f"{model} ({identity[:19]}); run 'mdkv calibrate {model}'"
-        )
+    _check_model(path, info, model, "calibrate")
     expected = (*sizes, sizes[2])
     for name, tensor in (("keys", basis.keys), ("values", basis.values)):
         if tensor.shape[:3] != expected[:3] or tensor.shape[3] > sizes[2]:
@@ -123,6 +104,86 @@ def read_basis(path: Path) -> tuple[ArtifactInfo, Basis]:
     Raises:
         ArtifactError: the file is missing, damaged or of another version.
     """
+    info, tensors = _read(path, {"keys": 4, "values": 4}, "a basis")
+    return info, Basis(tensors["keys"], tensors["values"])
+
+
+def save_head_scores(path: Path, scores: torch.Tensor, info: ArtifactInfo) -> None:
+    """Write scores ``[layers, query_heads]`` and their origin; see :func:`_save`."""
+    _save(path, {"scores": scores}, info)
+
+
+def load_head_scores(path: Path, model: str, sizes: tuple[int, int]) -> torch.Tensor:
+    """Read head scores, check that they fit, and sum them over each group of query heads.
+
+    Args:
+        path: the file.
+        model: the model being served, folder or name.
+        sizes: its attention layers and KV heads.
+
+    Returns:
+        float32 ``[layers, kv_heads]``.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, of another version, of another model, or
+            of other sizes.
+    """
+    info, tensors = _read(path, {"scores": 2}, "head scores")
+    _check_model(path, info, model, "head-scores")
+    scores = tensors["scores"]
+    if scores.shape[0] != sizes[0] or scores.shape[1] % sizes[1]:
+        raise ArtifactError(
+            f"{path}: scores have shape {list(scores.shape)}; {model} has {sizes[0]} layers of "
+            f"{sizes[1]} KV heads"
+        )
+    if not (scores >= 0).all() or not scores.any():
+        raise ArtifactError(f"{path}: scores are negative or all 0; allowed are 0 and above")
+    return scores.unflatten(1, (sizes[1], -1)).sum(-1)
+
+
+def load_head_budgets(
+    config: MixedDimConfig, model: str, sizes: tuple[int, int]
+) -> HeadBudgets | None:
+    """Budgets by a model's head scores as the settings want them; None for even ones.
+
+    Args:
+        config: the settings.
+        model: the model being served, folder or name.
+        sizes: its attention layers and KV heads.
+
+    Raises:
+        ArtifactError: see :func:`load_head_scores`.
+        mdkv_vllm.config.ConfigError: the settings name a file that does not exist.
+    """
+    path = config.heads_path(model)
+    if path is None:
+        return None
+    return config.head_budgets(load_head_scores(path, model, sizes))
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], info: ArtifactInfo) -> None:
+    """Write tensors and their origin; the file appears only when it is whole.
+
+    A model folder with a single weights file also gets an index of it: without one, vLLM
+    loads every safetensors file of the folder as weights, this one among them.
+    """
+    weights = path.parent / _SINGLE_WEIGHTS
+    index = path.parent / f"{_SINGLE_WEIGHTS}.index.json"
+    if weights.is_file() and not index.exists():
+        with safe_open(str(weights), framework="pt") as file:
+            names = {name: _SINGLE_WEIGHTS for name in file.keys()}  # noqa: SIM118
+        content = {"metadata": {"total_size": weights.stat().st_size}, "weight_map": names}
+        index.write_text(json.dumps(content, indent=1))
+    metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
+    temporary = path.with_suffix(".tmp")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata)
+    temporary.replace(path)
+
+
+def _read(
+    path: Path, dimensions: dict[str, int], content: str
+) -> tuple[ArtifactInfo, dict[str, torch.Tensor]]:
+    """Read float32 tensors of known names and numbers of dimensions."""
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -132,12 +193,23 @@ def read_basis(path: Path) -> tuple[ArtifactInfo, Basis]:
                     f"{FORMAT_VERSION!r}"
                 )
             info = ArtifactInfo(**json.loads(metadata["info"]))
-            basis = Basis(file.get_tensor("keys").float(), file.get_tensor("values").float())
+            tensors = {name: file.get_tensor(name).float() for name in dimensions}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist") from error
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ArtifactError(f"{path} is not a basis file or is damaged: {error}") from error
-    for name, tensor in (("keys", basis.keys), ("values", basis.values)):
-        if tensor.dim() != 4 or not torch.isfinite(tensor).all():
-            raise ArtifactError(f"{path}: {name} is not a finite 4-dimensional tensor")
-    return info, basis
+        raise ArtifactError(f"{path} does not hold {content} or is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.dim() != dimensions[name] or not torch.isfinite(tensor).all():
+            raise ArtifactError(
+                f"{path}: {name} is not a finite {dimensions[name]}-dimensional tensor"
+            )
+    return info, tensors
+
+
+def _check_model(path: Path, info: ArtifactInfo, model: str, command: str) -> None:
+    identity = model_identity(model)
+    if info.model_identity != identity:
+        raise ArtifactError(
+            f"{path} was calibrated for {info.model} ({info.model_identity[:19]}), not for "
+            f"{model} ({identity[:19]}); run 'mdkv {command} {model}'"
+        )

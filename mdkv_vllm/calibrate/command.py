@@ -1,4 +1,4 @@
-"""``mdkv calibrate``: a basis file and a report of the energy it keeps."""
+"""``mdkv calibrate`` and ``mdkv head-scores``: files about a model, and reports on them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_basis
+from mdkv_vllm.calibrate.artifact import (
+    ArtifactInfo,
+    model_identity,
+    save_basis,
+    save_head_scores,
+)
 from mdkv_vllm.calibrate.moments import Moments, gather_moments
 from mdkv_vllm.core.basis import Basis, principal_basis
 
+HEAD_METHOD = "HeadKV-R2 on numbers hidden among numbers with other keys, per query head"
 METHOD = "uncentred PCA of keys after rotary embedding, and of values, per layer and KV head"
 
 
@@ -59,6 +65,62 @@ def calibrate(
     save_basis(out, basis, info)
     _report(moments, basis, out, console)
     return basis
+
+
+def head_scores(
+    model_name: str,
+    texts: list[Path],
+    out: Path,
+    lengths: list[int],
+    per_length: int,
+    device: str,
+    console: Console,
+) -> None:
+    """Measure and save a model's head scores.
+
+    Args:
+        model_name: folder or hub name of a Hugging Face causal language model.
+        texts: UTF-8 text files to hide answers in; none stands for Python's own language
+            reference.
+        out: the file to write.
+        lengths: prompt lengths in tokens.
+        per_length: questions of either kind at each length.
+        device: torch device.
+        console: where progress and report go.
+
+    Raises:
+        ValueError: the model answers too few questions, or a text is too short.
+        OSError: a text cannot be read.
+    """
+    from mdkv_vllm.calibrate.head_scores import measure_head_scores, questions
+    from mdkv_vllm.eval.model import EvalModel
+    from mdkv_vllm.eval.text import Haystack, load_text, reference_prose
+
+    text = load_text(texts) if texts else reference_prose()
+    model = EvalModel(model_name, torch.bfloat16, device)
+    haystack = Haystack(text, lambda t: len(model.tokenizer(t, add_special_tokens=False).input_ids))
+    examples = list(questions(haystack, lengths, per_length))
+    columns = (
+        TextColumn("asking"),
+        BarColumn(),
+        TextColumn("{task.completed} of {task.total}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=len(examples))
+        found = measure_head_scores(model, examples, lambda: progress.advance(task))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    info = ArtifactInfo(model_name, model_identity(model_name), HEAD_METHOD, digest, found.tokens)
+    save_head_scores(out, found.scores, info)
+    by_kv_head = found.scores.unflatten(1, (model.num_kv_heads, -1)).sum(-1).flatten()
+    shares = (by_kv_head / by_kv_head.sum()).sort(descending=True).values.cumsum(0)
+    halves = int((shares < 0.5).sum()) + 1
+    most = int((shares < 0.9).sum()) + 1
+    console.print(
+        f"{found.answered} of {found.asked} questions answered right; {halves} of {len(shares)} "
+        f"KV heads hold half of the scores, {most} hold 90 %; written: {out}",
+        soft_wrap=True,
+    )
 
 
 def reference_text() -> str:

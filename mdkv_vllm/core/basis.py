@@ -29,6 +29,10 @@ class Basis:
         """Columns held."""
         return self.keys.shape[-1]
 
+    def of_heads(self, heads: slice) -> Basis:
+        """The bases of some KV heads of every layer."""
+        return Basis(self.keys[:, heads].contiguous(), self.values[:, heads].contiguous())
+
     def truncate(self, rank: int) -> Basis:
         """Keep the first ``rank`` columns."""
         return Basis(self.keys[..., :rank].contiguous(), self.values[..., :rank].contiguous())

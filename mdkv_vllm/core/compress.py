@@ -17,6 +17,7 @@ import torch
 from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.basis import Basis, hadamard, principal_basis
 from mdkv_vllm.core.formats import FormatSet, PageFormat, Rotation
+from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate, losses_from_sums
@@ -50,6 +51,8 @@ class Compressor:
         loss: one of :data:`mdkv_vllm.core.loss.LOSSES`.
         scale: factor of the attention scores.
         basis: calibrated basis; None where no format needs one or it is the prompt's own.
+        heads: how heads share a lease's pages (MixedDimKV-H); None: layers share them evenly, and
+            the heads of a layer compete for theirs (MixedDimKV).
         kernels: how the slow parts are done; plain torch unless others are given.
     """
 
@@ -57,6 +60,7 @@ class Compressor:
     loss: str
     scale: float
     basis: Basis | None = None
+    heads: HeadBudgets | None = None
     kernels: CompressionKernels = field(default_factory=ReferenceKernels)
 
     def compress(
@@ -82,13 +86,12 @@ class Compressor:
         tokens = torch.zeros(layout.table_shape[:3], dtype=torch.int64)
         result = CompressedPrompt(pages, tokens)
         first = layout.lists_first_page
-        budgets = layout.list_pages_per_layer(plan.num_lease_blocks).tolist()
-        for layer, budget in enumerate(budgets):
+        for layer, budgets in enumerate(self._page_budgets(plan)):
             keys, values = load_layer(layer)
             rotations = self._rotations(layer, keys, values, plan.span_tokens, formats)
             span = _Span(keys, values, plan.span_tokens, rotations)
             losses = self._losses(span, queries[layer], formats)
-            chosen = self.kernels.allocate(losses, formats, budget)
+            chosen = self._allocate(losses, budgets)
             tokens[layer] = chosen.tokens
             vectors = [span.rotated(f) for f in formats.formats]
             self.kernels.pack(vectors, formats, chosen.choice, geometry, pages[first:])
@@ -100,6 +103,28 @@ class Compressor:
         table = layout.page_table(tokens).contiguous().view(torch.uint8).flatten()
         pages[: layout.table_pages].view(-1)[: table.numel()] = table
         return result
+
+    def _page_budgets(self, plan: LeasePlan) -> list[list[int]]:
+        """Pages per layer: of every head by itself, or of all its heads together."""
+        layout, formats = self.layout, self.layout.formats
+        if self.heads is None:
+            return layout.list_pages_per_layer(plan.num_lease_blocks).unsqueeze(1).tolist()
+        most = formats.formats[-1].pages(plan.span_tokens)
+        least = 0 if formats.drop else formats.formats[0].pages(plan.span_tokens)
+        return self.heads.pages(layout.list_pages(plan.num_lease_blocks), least, most).tolist()
+
+    def _allocate(self, losses: torch.Tensor, budgets: list[int]) -> Allocation:
+        """Choose formats for one layer, its heads divided evenly among the budgets."""
+        parts = [
+            self.kernels.allocate(part, self.layout.formats, budget)
+            for part, budget in zip(losses.chunk(len(budgets), dim=1), budgets, strict=True)
+        ]
+        return Allocation(
+            torch.cat([part.choice for part in parts]),
+            torch.cat([part.tokens for part in parts]),
+            sum(part.objective for part in parts),
+            sum(part.lower_bound for part in parts),
+        )
 
     def _rotations(
         self,

@@ -72,3 +72,20 @@ def evict_blocks(
         goes = torch.arange(cost.shape[1]) < evicted.unsqueeze(1)
         kept.scatter_(1, order, ~goes)
     return kept.view_as(metric)
+
+
+def keep_best(metric: torch.Tensor, window: int, counts: torch.Tensor) -> torch.Tensor:
+    """Keep every head's own number of tokens, as HeadKV does (arXiv 2410.19258).
+
+    Args:
+        metric: ``[layers, kv_heads, tokens]``.
+        window: last tokens that always stay, among those counted.
+        counts: tokens to keep, int64 ``[layers, kv_heads]``, from ``window`` to all.
+
+    Returns:
+        bool ``[layers, kv_heads, tokens]``.
+    """
+    metric = metric.clone()
+    metric[..., metric.shape[-1] - window :] = torch.inf
+    places = metric.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    return places < counts.unsqueeze(-1)

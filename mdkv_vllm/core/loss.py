@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import max_pool1d
+from torch.nn.functional import max_pool1d, pad
 
 LOSSES = ("paper", "solo", "pooled", "hybrid")
-POOL_KERNEL = 7
-"""Neighbours (odd, centred) over which losses are max-pooled, as SnapKV pools its scores."""
+POOL_BEFORE, POOL_AFTER = 8, 3
+"""A token's pooled loss is the largest from so many tokens before it to so many after it.
+
+SnapKV pools over 3 either way. Reaching further back is ours: an answer copied from the prompt is
+read token by token, and the queries that read its later tokens do not exist yet.
+"""
 HYBRID_WEIGHT = 0.2
 """Weight of the pooled loss in ``hybrid``."""
 PRIOR_WEIGHT = 0.4
@@ -170,5 +174,6 @@ def pool(losses: torch.Tensor, variant: str) -> torch.Tensor:
     """
     if variant not in ("pooled", "hybrid"):
         return losses
-    pooled = max_pool1d(losses, POOL_KERNEL, stride=1, padding=POOL_KERNEL // 2)
+    padded = pad(losses, (POOL_BEFORE, POOL_AFTER))  # losses are not negative
+    pooled = max_pool1d(padded, POOL_BEFORE + 1 + POOL_AFTER, stride=1)
     return pooled if variant == "pooled" else losses + HYBRID_WEIGHT * pooled

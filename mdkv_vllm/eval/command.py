@@ -15,9 +15,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mdkv_vllm import __version__
-from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.config import (
+    DEFAULT_HEAD_POWER,
+    DEFAULT_HEAD_SHARE,
+    HEADS_FILE,
+    MixedDimConfig,
+)
 from mdkv_vllm.core.formats import PageGeometry
-from mdkv_vllm.core.loss import PRIOR_WEIGHT
+from mdkv_vllm.core.loss import HYBRID_WEIGHT, POOL_AFTER, POOL_BEFORE, PRIOR_WEIGHT
 from mdkv_vllm.eval.example import Example
 from mdkv_vllm.eval.report import markdown, plots
 from mdkv_vllm.eval.rows import Row, append_rows, read_rows
@@ -121,8 +126,10 @@ def run_description(options: argparse.Namespace, haystack: str) -> dict[str, Any
         "seed": options.seed,
         "examples per task": options.per_task,
         "haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16],
+        "settings": repr(MixedDimConfig()),
         "formats": list(MixedDimConfig().format_set(PageGeometry(16, 64, torch.bfloat16)).names),
-        "prior weight": PRIOR_WEIGHT,
+        "head budgets": [DEFAULT_HEAD_SHARE, DEFAULT_HEAD_POWER],
+        "losses": [PRIOR_WEIGHT, HYBRID_WEIGHT, POOL_BEFORE, POOL_AFTER],
     }
 
 
@@ -166,7 +173,7 @@ Measure = Callable[[Example, int, set[tuple[str, int, str, float]]], Iterable[Ro
 
 
 def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
-    from mdkv_vllm.eval.methods import methods_for
+    from mdkv_vllm.eval.methods import NEED_HEAD_SCORES, methods_for
     from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction, require_kvpress
     from mdkv_vllm.eval.model import EvalModel
     from mdkv_vllm.eval.offline import measure, trials
@@ -178,8 +185,15 @@ def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     for name in options.methods or []:
         if name not in known:
             raise ValueError(f"--methods: {name!r} is unknown; allowed are {', '.join(known)}")
+    chosen = options.methods or list(known)
+    if not options.methods and not (model.folder / HEADS_FILE).is_file():
+        chosen = [name for name in known if name not in NEED_HEAD_SCORES]
+        Console(stderr=True).print(
+            f"left out: {', '.join(NEED_HEAD_SCORES)}, for which 'mdkv head-scores {model.folder}' "
+            "was not run"
+        )
     # Everything else is compared with full attention.
-    names = dict.fromkeys(("full", *(options.methods or known)))
+    names = dict.fromkeys(("full", *chosen))
     if any(isinstance(known[name], (Eviction, ChannelPruning)) for name in names):
         require_kvpress()
     wanted = trials([known[name] for name in names], options.budgets or DEFAULT_BUDGETS)

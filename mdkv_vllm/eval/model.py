@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mdkv_vllm.eval.cache import HeldCache, Prefill, Recorder
 
+Watch = Callable[[int, torch.Tensor], None]
+"""Told, layer by layer, how decoding attends to the prompt: float32 ``[rows, query_heads, steps,
+prompt_tokens]``."""
 ATTENTION = "mixeddim_eval"
 """Name under which our attention is registered with transformers."""
 
@@ -25,6 +28,7 @@ class _Decoding:
     values: list[torch.Tensor]
     hidden: list[torch.Tensor]
     """Per layer bool ``[rows * kv_heads, 1, tokens]``: what is not kept."""
+    watch: Watch | None = None
 
 
 class EvalModel:
@@ -121,7 +125,11 @@ class EvalModel:
         return [self._until_stop(row) for row in torch.cat(answers, 1).tolist()]
 
     def follow(
-        self, prefill: Prefill, caches: Sequence[HeldCache], continuation: Sequence[int]
+        self,
+        prefill: Prefill,
+        caches: Sequence[HeldCache],
+        continuation: Sequence[int],
+        watch: Watch | None = None,
     ) -> torch.Tensor:
         """Logits along a given continuation of the prompt, read through each cache.
 
@@ -129,13 +137,17 @@ class EvalModel:
             prefill: the prompt.
             caches: what each row reads of it.
             continuation: token ids after the prompt.
+            watch: told what every head looks at.
 
         Returns:
             float32 ``[caches, len(continuation), vocabulary]``; entry ``t`` predicts the token
             after ``continuation[t]``.
         """
         rows = torch.tensor([list(continuation)], device=self.device).expand(len(caches), -1)
-        logits = self._start(prefill, caches).step(rows)
+        steps = self._start(prefill, caches)
+        assert self._decoding is not None
+        self._decoding.watch = watch
+        logits = steps.step(rows)
         self._decoding = None
         return logits
 
@@ -178,6 +190,9 @@ class EvalModel:
         future = torch.ones(count, total, dtype=torch.bool, device=query.device)
         later.masked_fill_(future.triu_(total - count + 1).repeat(group, 1), -torch.inf)
         weights = torch.cat((prompt, later), -1).softmax(-1)
+        if state.watch is not None:
+            seen = weights[..., : prompt.shape[-1]]
+            state.watch(layer, seen.view(rows, query_heads, count, -1))
         output = torch.bmm(weights[..., : prompt.shape[-1]], state.values[layer])
         output += torch.bmm(weights[..., prompt.shape[-1] :], value.float().flatten(0, 1))
         return output.view(rows, query_heads, count, size).to(query.dtype)

@@ -9,6 +9,7 @@ import torch
 
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import Compressor
+from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.ops import cpu
 from mdkv_vllm.ops.compress import CpuKernels
@@ -84,6 +85,7 @@ class Runtime:
     Args:
         policy: the settings applied to the model.
         basis: calibrated basis, None where none is needed.
+        heads: how heads share a lease's pages; None for evenly by layer.
         arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         num_query_heads: query heads per layer on this rank.
         scale: factor of the attention scores, the same in every layer.
@@ -94,6 +96,7 @@ class Runtime:
         self,
         policy: Policy,
         basis: Basis | None,
+        heads: HeadBudgets | None,
         arena: torch.Tensor,
         num_query_heads: int,
         scale: float,
@@ -107,7 +110,9 @@ class Runtime:
         self._batch = batch
         self._prompts: dict[str, _Prompt] = {}
         self._pending: list[_Pending] = []
-        self._compressor = Compressor(policy.layout, policy.config.loss, scale, basis, CpuKernels())
+        self._compressor = Compressor(
+            policy.layout, policy.config.loss, scale, basis, heads, CpuKernels()
+        )
         self._tables = cpu.DecodeTables.build(policy.layout, basis)
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:

@@ -14,9 +14,10 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from mdkv_vllm.calibrate.artifact import load_basis
+from mdkv_vllm.calibrate.artifact import load_basis, load_head_budgets
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.plugin.backend import MixedDimBackend
 from mdkv_vllm.plugin.rows import RunnerV1Rows
 from mdkv_vllm.plugin.runtime import Runtime, install_runtime
@@ -52,16 +53,22 @@ class MixedDimCPUWorker(CPUWorker):
         if len(scales) != 1:
             raise ConfigError("--attention-backend mixeddim: layers differ in their score scale")
         policy = spec.policy
+        model = self.vllm_config.model_config
+        sizes = (policy.num_layers, model.get_total_num_kv_heads())
+        heads = load_head_budgets(policy.config, model.model, sizes)
+        if heads is not None:
+            heads = heads.of_heads(self._own_heads(policy))
         self._runtime = Runtime(
             policy,
             self._load_basis(policy),
+            heads,
             arena_of([layer.kv_cache for layer in layers], policy),
             layers[0].num_heads,
             scales.pop(),
             RunnerV1Rows(self.model_runner),
         )
         install_runtime(self._runtime)
-        logger.info("mixeddim: %s", describe(policy))
+        logger.info("mixeddim: %s", describe(policy, heads))
 
     def _load_basis(self, policy: Policy) -> Basis | None:
         formats = policy.formats
@@ -74,10 +81,17 @@ class MixedDimCPUWorker(CPUWorker):
                 "need a basis; make it with 'mdkv calibrate', or set basis to 'prompt'"
             )
         model = self.vllm_config.model_config
-        basis = load_basis(
-            path, model.model, (policy.num_layers, policy.num_kv_heads, policy.geometry.head_size)
-        )
+        sizes = (policy.num_layers, model.get_total_num_kv_heads(), policy.geometry.head_size)
+        basis = load_basis(path, model.model, sizes).of_heads(self._own_heads(policy))
         return basis.truncate(formats.basis_rank)
+
+    def _own_heads(self, policy: Policy) -> slice:
+        """KV heads of the model that this tensor-parallel rank holds."""
+        ranks = self.parallel_config.tensor_parallel_size
+        total = self.vllm_config.model_config.get_total_num_kv_heads()
+        # Ranks beyond the number of heads hold copies.
+        first = self.rank % ranks * total // ranks
+        return slice(first, first + policy.num_kv_heads)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput
@@ -135,16 +149,26 @@ def arena_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:
     return first.as_strided(shape, stride, first.storage_offset())
 
 
-def describe(policy: Policy) -> str:
-    """One line on the configuration in force."""
+def describe(policy: Policy, heads: HeadBudgets | None) -> str:
+    """One line on the configuration in force.
+
+    Args:
+        policy: the settings applied to the model.
+        heads: how heads share a lease's pages; None for evenly by layer.
+    """
     config = policy.config
     if not config.enabled:
         return "compression is off (enabled: false)"
     budget = (
         f"budget {config.budget:.0%}" if config.budget else f"budget {config.budget_tokens} tokens"
     )
+    by_head = (
+        f"{heads.share:.0%} of it by head scores"
+        if heads
+        else "the same for every layer ('mdkv head-scores' finds which heads need more)"
+    )
     return (
-        f"{budget}, formats {', '.join(policy.formats.names)}, loss {config.loss}, window "
-        f"{config.window}, prompts from {config.min_prompt_tokens} tokens, "
-        f"pages of {policy.geometry.page_bytes} bytes"
+        f"{budget}, {by_head}, formats {', '.join(policy.formats.names)}, "
+        f"loss {config.loss}, window {config.window}, prompts from "
+        f"{config.min_prompt_tokens} tokens, pages of {policy.geometry.page_bytes} bytes"
     )

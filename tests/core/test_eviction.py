@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdkv_vllm.core.eviction import evict_blocks, squared_attention
+from mdkv_vllm.core.eviction import evict_blocks, keep_best, squared_attention
 
 
 def test_squared_attention_is_the_sum_over_window_and_group():
@@ -53,3 +53,11 @@ def test_the_cheaper_head_gives_more():
 def test_windows_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cannot hold the window"):
         evict_blocks(torch.rand(1, 2, 64), 16, 16, 1)
+
+
+def test_each_head_keeps_its_own_number_of_best_tokens():
+    metric = torch.tensor([[[0.5, 0.1, 0.9, 0.2, 0.0, 0.0], [0.5, 0.1, 0.9, 0.2, 0.0, 0.0]]])
+    kept = keep_best(metric, 2, torch.tensor([[2, 4]]))
+    assert kept.tolist() == [
+        [[False, False, False, False, True, True], [True, False, True, False, True, True]]
+    ]

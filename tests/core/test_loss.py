@@ -80,7 +80,7 @@ def test_pooling():
     losses = torch.zeros(1, 1, 20)
     losses[0, 0, 10] = 1.0
     pooled = pool(losses, "pooled")
-    assert pooled[0, 0].nonzero().flatten().tolist() == list(range(7, 14))
+    assert pooled[0, 0].nonzero().flatten().tolist() == list(range(7, 19))
     torch.testing.assert_close(pool(losses, "hybrid"), losses + HYBRID_WEIGHT * pooled)
     assert pool(losses, "solo") is losses
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
+from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
@@ -212,6 +213,7 @@ def compress(
     loss: str = "hybrid",
     basis_rank: int = 0,
     size: int = 64,
+    by_head: HeadBudgets | None = None,
 ) -> tuple[CompressedPrompt, LeaseLayout]:
     torch.manual_seed(3)
     layers, heads, group, tokens, window = 2, 3, 3, 500, 24
@@ -223,7 +225,7 @@ def compress(
     assert plan is not None
     cache = torch.randn(layers, 2, heads, tokens, size) * torch.linspace(2, 0.2, size)
     queries = torch.randn(layers, heads * group, window, size)
-    compressor = Compressor(layout, loss, size**-0.5, kernels=kernels)
+    compressor = Compressor(layout, loss, size**-0.5, heads=by_head, kernels=kernels)
     result = compressor.compress(
         lambda layer: (cache[layer, 0], cache[layer, 1]), queries, plan, True
     )
@@ -267,6 +269,27 @@ def test_lease_loses_no_more_than_the_reference_s(names: tuple[str, ...]):
     for ours, theirs in zip(found.allocations, expected.allocations, strict=True):
         assert ours.objective == pytest.approx(theirs.objective, rel=2e-3)
         assert ours.lower_bound == pytest.approx(theirs.lower_bound, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("names", "least"),
+    [(("drop", "i4", "i8", "full"), 0), (("i4", "i8", "full"), 8)],  # 464 tokens, 60 to a page
+)
+def test_heads_hold_the_pages_of_their_own_budgets(names: tuple[str, ...], least: int):
+    by_head = HeadBudgets(torch.tensor([[0.0, 5.0, 1.0], [0.1, 0.0, 0.4]]), 0.9)
+    found, layout = compress(FAST, names, 0.4, by_head=by_head)
+    blocks = found.pages.shape[0] // layout.pages_per_block
+    expected = by_head.pages(layout.list_pages(blocks), least, 29)
+    assert int(expected.max()) == 29
+    assert int(expected.min()) < 8 + least
+    capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+    pages = ((found.tokens + capacity - 1) // capacity).sum(-1)
+    assert torch.equal(pages, expected)
+    slow, _ = compress(SameLosses(), names, 0.4, by_head=by_head)
+    assert torch.equal(found.tokens, slow.tokens)
+    assert [a.objective for a in found.allocations] == pytest.approx(
+        [a.objective for a in slow.allocations]
+    )
 
 
 def test_threads_change_no_byte(one_thread):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from mdkv_vllm.config import EVEN_HEADS, HEADS_FILE
 from mdkv_vllm.eval.cache import HeldCache, Prefill
 from mdkv_vllm.eval.methods import eviction
 from mdkv_vllm.eval.methods.baseline import Full, Recent
-from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction
-from mdkv_vllm.eval.methods.kvcompress import KVCompress
+from mdkv_vllm.eval.methods.eviction import WINDOW, ChannelPruning, Eviction
+from mdkv_vllm.eval.methods.kvcompress import HEADKV_BUDGETS, HeadKV, KVCompress
 from mdkv_vllm.eval.methods.ours import MixedDim
 from mdkv_vllm.eval.methods.quantised import Float8, Uniform
 from mdkv_vllm.eval.model import EvalModel
@@ -38,19 +39,28 @@ class Method(Protocol):
         ...
 
 
+NEED_HEAD_SCORES = ("ours-even", "paper-h", "headkv")
+"""Methods that cannot be applied, or say nothing new, for a model without head scores."""
+
+
 def methods_for(model: EvalModel) -> dict[str, Method]:
     """Every method by name."""
+    scores = str(model.folder / HEADS_FILE)
+    paper = {"formats": "paper", "basis": "prompt", "loss": "paper", "window": WINDOW}
     known: list[Method] = [
         Full(),
         Recent(),
         MixedDim("ours"),
-        MixedDim("paper", {"formats": "paper", "basis": "prompt", "loss": "paper"}),
+        MixedDim("ours-even", {"heads": EVEN_HEADS}),
+        MixedDim("paper", {**paper, "heads": EVEN_HEADS}),
+        MixedDim("paper-h", {**paper, "heads": scores, **HEADKV_BUDGETS}),
         Eviction("snapkv", eviction.snapkv),
         Eviction("adakv", eviction.adakv),
         Eviction("pyramidkv", eviction.pyramidkv),
         Eviction("expected", eviction.expected_attention),
         Eviction("tova", eviction.tova),
         KVCompress(),
+        HeadKV(),
         ChannelPruning(),
         Float8(),
         Uniform("int8", 8, model.head_size),

@@ -17,7 +17,7 @@ from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted, full
 from mdkv_vllm.eval.model import EvalModel
 
 WINDOW = 32
-"""Observation window of every method that has one, ours included (the paper's alpha)."""
+"""Observation window of every method that has one (MixedDimKV's alpha); ours has a setting."""
 
 
 def require_kvpress() -> None:

@@ -1,13 +1,21 @@
-"""KV-Compress's choice of tokens (arXiv 2410.00161, sections 3.1 to 3.3)."""
+"""KV-Compress's choice of tokens (arXiv 2410.00161), and the same with HeadKV's head budgets."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from mdkv_vllm.core.eviction import evict_blocks, squared_attention
+import torch
+
+from mdkv_vllm.calibrate.artifact import load_head_budgets
+from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.core.eviction import evict_blocks, keep_best, squared_attention
 from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted
 from mdkv_vllm.eval.methods.eviction import WINDOW
 from mdkv_vllm.eval.model import EvalModel
+
+HEADKV_BUDGETS: dict[str, Any] = {"head_share": 1 / 1.1, "head_power": 1.0}
+"""How HeadKV and MixedDimKV-H divide a budget: beta 1.1, scores as they are."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +31,48 @@ class KVCompress:
 
     def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
-        metric = squared_attention(
-            prefill.queries[:, :, -WINDOW:].float(), prefill.keys.float(), model.scale
+        num_blocks = int(budget * _all_blocks(prefill))
+        return evicted(
+            prefill, evict_blocks(_metric(model, prefill), WINDOW, BLOCK_TOKENS, num_blocks)
         )
-        heads = model.num_layers * model.num_kv_heads
-        blocks = int(budget * prefill.num_tokens / BLOCK_TOKENS * heads)
-        return evicted(prefill, evict_blocks(metric, WINDOW, BLOCK_TOKENS, blocks))
+
+
+@dataclass(frozen=True)
+class HeadKV:
+    """HeadKV's budget of each head, in whole blocks, filled by KV-Compress's metric.
+
+    Attributes:
+        name: how reports call it.
+    """
+
+    name: str = "headkv"
+    fixed_shares: tuple[float, ...] = ()
+
+    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+        """See :class:`mdkv_vllm.eval.methods.Method`.
+
+        Raises:
+            ValueError: the model has no head scores.
+        """
+        sizes = (model.num_layers, model.num_kv_heads)
+        config = MixedDimConfig(**HEADKV_BUDGETS)
+        heads = load_head_budgets(config, str(model.folder), sizes)
+        if heads is None:
+            raise ValueError(
+                f"{self.name} needs head scores; run 'mdkv head-scores {model.folder}', or choose "
+                "others with --methods"
+            )
+        blocks = -(-prefill.num_tokens // BLOCK_TOKENS)
+        least = -(-WINDOW // BLOCK_TOKENS)
+        pages = heads.pages(int(budget * _all_blocks(prefill)), least, blocks)
+        kept = keep_best(_metric(model, prefill), WINDOW, pages * BLOCK_TOKENS)
+        return evicted(prefill, kept)
+
+
+def _all_blocks(prefill: Prefill) -> int:
+    return prefill.keys[..., 0, 0].numel() * -(-prefill.num_tokens // BLOCK_TOKENS)
+
+
+def _metric(model: EvalModel, prefill: Prefill) -> torch.Tensor:
+    queries = prefill.queries[:, :, -WINDOW:].float()
+    return squared_attention(queries, prefill.keys.float(), model.scale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mdkv_vllm.calibrate.artifact import load_basis
+from mdkv_vllm.calibrate.artifact import load_basis, load_head_budgets
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
@@ -45,7 +45,9 @@ class MixedDim:
         if plan is None:
             return full_cache(prefill)
         basis = self._basis(model, policy)
-        compressor = Compressor(policy.layout, config.loss, model.scale, basis, CpuKernels())
+        sizes = (model.num_layers, model.num_kv_heads)
+        heads = load_head_budgets(config, str(model.folder), sizes)
+        compressor = Compressor(policy.layout, config.loss, model.scale, basis, heads, CpuKernels())
         result = compressor.compress(
             lambda layer: (prefill.keys[layer].float(), prefill.values[layer].float()),
             prefill.queries[:, :, -config.window :].float(),

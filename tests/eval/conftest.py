@@ -14,6 +14,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head_scores
+from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.models import prepare_smollm2
 
 SIZES = {
@@ -48,4 +50,7 @@ def tiny_folder(request, tmp_path_factory, model_folder):
     model = model_class(config_class(**SIZES | changes, initializer_range=0.2))
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    scores = torch.rand(SIZES["num_hidden_layers"], SIZES["num_attention_heads"]) ** 3
+    info = ArtifactInfo(str(folder), model_identity(str(folder)), "random", "", 1)
+    save_head_scores(folder / HEADS_FILE, scores, info)
     return folder

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mdkv_vllm.calibrate.artifact import load_head_scores
+from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.eval.cache import HeldCache, full_cache
 from mdkv_vllm.eval.methods import methods_for
 from mdkv_vllm.eval.model import EvalModel
@@ -94,3 +96,16 @@ def test_peers_keep_as_many_tokens_as_they_may(model, prefill):
     with pytest.raises(ValueError, match="less than a page"):
         methods["snapkv"].apply(model, prefill, 0.01)
     assert methods["adakv"].apply(model, prefill, 1.0).share == 1
+
+
+def test_heads_that_score_high_hold_more(model, prefill):
+    methods = methods_for(model)
+    scores = load_head_scores(model.folder / HEADS_FILE, str(model.folder), (3, 2)).flatten()
+    best, worst = int(scores.argmax()), int(scores.argmin())
+    for name in ("ours", "paper-h", "headkv"):
+        kept = methods[name].apply(model, prefill, 0.35).kept.sum(-1).flatten()
+        assert kept[best] > 1.2 * kept[worst], name
+    even = methods["ours-even"].apply(model, prefill, 0.35)
+    ours = methods["ours"].apply(model, prefill, 0.35)
+    assert even.share == ours.share
+    assert not torch.equal(even.formats, ours.formats)

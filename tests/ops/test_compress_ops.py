@@ -280,8 +280,8 @@ def test_heads_hold_the_pages_of_their_own_budgets(names: tuple[str, ...], least
     found, layout = compress(FAST, names, 0.4, by_head=by_head)
     blocks = found.pages.shape[0] // layout.pages_per_block
     expected = by_head.pages(layout.list_pages(blocks), least, 29)
-    assert int(expected.max()) == 29
-    assert int(expected.min()) < 8 + least
+    assert int(expected.min()) >= least
+    assert int(expected.max()) > int(expected.min()) + 10
     capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
     pages = ((found.tokens + capacity - 1) // capacity).sum(-1)
     assert torch.equal(pages, expected)

@@ -1,0 +1,33 @@
+"""Triton's interpreter in a process of its own.
+
+Triton reads TRITON_INTERPRET when it is imported, for good; no other test may see it set.
+"""
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+
+def _use_interpreter() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def start() -> ProcessPoolExecutor:
+    """One process that interprets kernels."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, _use_interpreter)
+
+
+def decode(layout, group, basis, programs, query, arena, layer, requests, scale, output, lse):
+    """Run ``mixed_decode`` with a poisoned workspace, in the process; outputs and lse."""
+    from mdkv_vllm.triton_kernels import mixed_decode as kernel
+
+    tables = kernel.DecodeTables.build(layout, group, basis, arena.device)
+    workspace = kernel.DecodeWorkspace.allocate(tables.shape, len(query), arena.device, programs)
+    for floats in (workspace.rotated, workspace.part_out, workspace.part_lse):
+        floats.fill_(torch.nan)
+    kernel.mixed_decode(query, arena, layer, tables, *requests, scale, output, workspace, lse)
+    return output, lse

@@ -1,0 +1,237 @@
+"""Random leases and tails in a poisoned cache, to test decode kernels against the reference."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mdkv_vllm.core import reference
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.formats import PageFormat, PageGeometry, parse_formats
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.packing import _pack_rows, pack_list
+
+POISON = 0xFF
+"""Fills what no kernel may use; a NaN in every element type and in every scale."""
+
+
+@dataclass
+class Model:
+    """Sizes of a test model."""
+
+    names: tuple[str, ...] = ("i4", "i8", "full")
+    head_size: int = 64
+    group: int = 3
+    kv_heads: int = 2
+    layers: int = 2
+    block_size: int = 16
+    dtype: torch.dtype = torch.bfloat16
+    query_dtype: torch.dtype = torch.float32
+    prompt_basis_rank: int = 0
+
+    def layout(self) -> LeaseLayout:
+        geometry = PageGeometry(self.block_size, self.head_size, self.dtype)
+        formats = parse_formats(self.names, geometry)
+        return LeaseLayout(geometry, formats, self.layers, self.kv_heads, self.prompt_basis_rank)
+
+
+@dataclass
+class Request:
+    """One block-table row: lease and tail. No lease where lease_blocks is 0."""
+
+    lease_blocks: int
+    tail_tokens: int
+    freed_blocks: int = 3
+    fill: float = 0.9
+    """Share of the lists' pages in use; 0 leaves every list empty."""
+
+
+class Case:
+    """A cache with some requests in it, poisoned wherever nothing was written.
+
+    A subclass says how to call the kernel under test.
+    """
+
+    lse_error = 2e-4
+    """Largest absolute error of a log-sum-exp."""
+
+    def __init__(self, model: Model, requests: list[Request], seed: int = 0):
+        self.model, self.layout = model, model.layout()
+        self.gen = torch.Generator().manual_seed(seed)
+        rank = self.layout.formats.basis_rank
+        shape = (model.layers, model.kv_heads, model.head_size, model.head_size)
+        self.basis = Basis(
+            *(torch.linalg.qr(self.randn(*shape))[0][..., :rank].contiguous() for _ in range(2))
+        )
+        entries = [
+            (r.freed_blocks if r.lease_blocks else 0)
+            + r.lease_blocks
+            + -(-r.tail_tokens // model.block_size)
+            for r in requests
+        ]
+        num_blocks = sum(entries) + 1
+        pages = self.layout.pages_per_block
+        self.arena = torch.full(
+            (num_blocks, pages, self.layout.geometry.page_bytes), POISON, dtype=torch.uint8
+        ).view(model.dtype)
+        self.arena = self.arena.view(num_blocks, pages, model.block_size, 2 * model.head_size)
+        free = torch.randperm(num_blocks, generator=self.gen).tolist()
+        self.block_table = torch.full((len(requests), max([*entries, 1])), -1, dtype=torch.int32)
+        self.leases = torch.zeros(len(requests), 2, dtype=torch.int32)
+        self.totals = []
+        for row, request in enumerate(requests):
+            self.add_request(row, request, free)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.gen)
+
+    def add_request(self, row: int, request: Request, free: list[int]) -> None:
+        model = self.model
+        first = request.freed_blocks if request.lease_blocks else 0
+        tail = first + request.lease_blocks
+        tail_blocks = -(-request.tail_tokens // model.block_size)
+        taken = [free.pop() for _ in range(request.lease_blocks + tail_blocks)]
+        self.block_table[row, first : first + len(taken)] = torch.tensor(taken, dtype=torch.int32)
+        for t in range(request.tail_tokens):
+            block = taken[request.lease_blocks + t // model.block_size]
+            slot = self.randn(self.layout.pages_per_block, 2 * model.head_size)
+            self.arena[block, :, t % model.block_size] = slot.to(model.dtype)
+        self.totals.append(tail * model.block_size + request.tail_tokens)
+        if request.lease_blocks:
+            self.leases[row] = torch.tensor([first, tail])
+            self.fill_lease(taken[: request.lease_blocks], request.fill)
+
+    def fill_lease(self, blocks: list[int], fill: float) -> None:
+        layout = self.layout
+        pages = torch.full(
+            (len(blocks) * layout.pages_per_block, layout.geometry.page_bytes),
+            POISON,
+            dtype=torch.uint8,
+        )
+        lists = layout.list_pages(len(blocks))
+        capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+        share = torch.rand(layout.table_shape[:3], generator=self.gen)
+        share[torch.rand(share.shape, generator=self.gen) < 0.15] = 0  # some empty lists
+        page_counts = (share / share.sum().clamp_min(1e-9) * lists * fill).floor()
+        last = torch.rand(share.shape, generator=self.gen)
+        tokens = ((page_counts - last).clamp_min(0) * capacity).ceil().long()
+        table = layout.page_table(tokens)
+        raw = table.contiguous().view(torch.uint8).flatten()
+        pages.view(-1)[: raw.numel()] = raw
+        if layout.prompt_basis_rank:
+            self.write_prompt_basis(pages)
+        for layer, head, column in torch.cartesian_prod(
+            *(torch.arange(n) for n in layout.table_shape[:3])
+        ).tolist():
+            fmt, count = layout.formats.formats[column], int(tokens[layer, head, column])
+            at = int(table[layer, head, column, 1])
+            keys, values = self.randn(count, fmt.rank), self.randn(count, fmt.rank)
+            packed = pack_list(keys, values, fmt, layout.geometry)
+            if count % fmt.tokens_per_page:
+                poison_unused(packed[-1], count % fmt.tokens_per_page, fmt, layout.geometry)
+            pages[at : at + len(packed)] = packed
+        shaped = pages.view(self.model.dtype).view(len(blocks), *self.arena.shape[1:])
+        self.arena[blocks] = shaped
+
+    def write_prompt_basis(self, pages: torch.Tensor) -> None:
+        layout, model = self.layout, self.model
+        per_head, rank = layout.basis_pages_per_head, layout.prompt_basis_rank
+        for pair in range(layout.pages_per_block):
+            square = self.randn(2, model.head_size, model.head_size)
+            rows = torch.linalg.qr(square)[0][..., :rank].transpose(-1, -2)
+            raw = rows.to(model.dtype).contiguous().view(torch.uint8).flatten()
+            first = layout.basis_first_page + pair * per_head
+            pages[first : first + per_head].view(-1)[: raw.numel()] = raw
+
+    def swap_blocks(self, a: int, b: int) -> None:
+        """Exchange two blocks, so that another one is the last of the arena."""
+        self.arena[[a, b]] = self.arena[[b, a]]
+        table = self.block_table.clone()
+        self.block_table[table == a], self.block_table[table == b] = b, a
+
+    @property
+    def calibrated(self) -> Basis | None:
+        """The basis that formats use where it is not the prompt's own."""
+        return None if self.model.prompt_basis_rank else self.basis
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        query_rows: torch.Tensor,
+        lengths: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Run the kernel under test; it writes output and lse."""
+        raise NotImplementedError
+
+    def query(self, *shape: int) -> torch.Tensor:
+        """A random query."""
+        return self.randn(*shape).to(self.model.query_dtype)
+
+    def tolerance(self) -> float:
+        """Largest relative error of an output vector."""
+        raise NotImplementedError
+
+    def check(self, rows: list[int], lengths: list[int], layer: int = 1) -> None:
+        """Compare kernel and reference for queries of some rows and lengths."""
+        model = self.model
+        heads = model.kv_heads * model.group
+        query = self.query(len(rows), heads, model.head_size)
+        query_rows = torch.tensor(rows, dtype=torch.int32)
+        query_lengths = torch.tensor(lengths, dtype=torch.int32)
+        output = torch.full((len(rows), heads + 1, model.head_size), torch.nan).to(query.dtype)
+        output = output[:, 1:]  # strided rows
+        lse = torch.full((len(rows), heads), torch.nan)
+        scale = model.head_size**-0.5
+        before = self.arena.view(torch.uint8).clone()
+        self.decode(query, layer, query_rows, query_lengths, scale, output, lse)
+        assert torch.equal(before, self.arena.view(torch.uint8))
+        expected, expected_lse = reference.mixed_decode(
+            query.double(),
+            self.arena,
+            layer,
+            self.layout,
+            self.block_table,
+            query_rows,
+            query_lengths,
+            self.leases,
+            self.calibrated,
+            scale,
+        )
+        error = (output.double() - expected).norm(dim=-1)
+        bound = self.tolerance() * expected.norm(dim=-1) + 1e-6
+        assert (error <= bound).all(), (error / expected.norm(dim=-1)).max()
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2e-5, atol=self.lse_error)
+
+
+def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: PageGeometry) -> None:
+    """Set every bit of a page that holds none of its first ``tokens`` tokens."""
+    unused = torch.arange(fmt.tokens_per_page) >= tokens
+    if fmt.name == "full":
+        page.view(fmt.tokens_per_page, -1)[unused] = POISON
+        return
+    sections = page[: 2 * fmt.section_bytes].view(2, -1)
+    if fmt.quantised:
+        bits = unused * (2**fmt.bits - 1)
+        by_dimension = bits.expand(1, fmt.rank, -1).to(torch.uint8)
+        sections[0] |= _pack_rows(by_dimension, fmt).flatten()
+        scales = page[fmt.scales_offset :][: 4 * fmt.tokens_per_page]
+        scales.view(2, fmt.tokens_per_page, 2)[:, unused] = POISON
+    else:
+        rows = sections[0].view(fmt.rank, fmt.tokens_per_page, geometry.dtype.itemsize)
+        rows[:, unused] = POISON
+    sections[1].view(fmt.tokens_per_page, -1)[unused] = POISON
+    used = fmt.scales_offset + (4 * fmt.tokens_per_page if fmt.quantised else 0)
+    page[used:] = POISON
+
+
+def ragged(lease_blocks: int) -> list[Request]:
+    return [
+        Request(lease_blocks, 37),
+        Request(0, 70),
+        Request(lease_blocks + 2, 1, freed_blocks=0),
+        Request(lease_blocks, 16, fill=0.4),
+        Request(0, 1),
+    ]

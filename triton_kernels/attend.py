@@ -1,0 +1,222 @@
+"""The split kernel: every program attends over its share of one unit's pages.
+
+A unit is a query and a KV head. Its pages are counted through its lists, in the page table's
+order, and then through its tail; since all pages have equal bytes, equal shares of pages are
+equal shares of bytes. What a program makes of one list is a *part* of the result:
+
+    pages    | i4 i4 i4 i4 i4 | i8 i8 | full | tail tail tail |
+    programs | 0        | 1        | 2          | 3           |
+    parts    | 0:i4     | 1:i4 1:i8| 2:i8 ..    | 3:tail      |
+
+From one part to the next either the program or the list is another one, and neither ever goes
+back: so program plus list is a different number for every part, and numbers its slot in the
+workspace.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .addresses import find_request
+from .pages import attend_codes, attend_elements, attend_slots
+
+
+@triton.jit
+def load_query(plain, head_stride, rotated, PART: tl.constexpr, SHAPE: tl.constexpr):
+    """A group's queries in the space of a part: ``[padded_group, padded_rank]``, zero outside.
+
+    Args:
+        plain: pointer to the group's first query, rows ``head_stride`` apart.
+        rotated: pointer to float32 ``[group, rotated_width]``.
+    """
+    LIST: tl.constexpr = SHAPE.parts[PART]
+    head = tl.arange(0, SHAPE.padded_group)[:, None]
+    dim = tl.arange(0, LIST.padded_rank)[None, :]
+    mask = (head < SHAPE.group) & (dim < LIST.rank)
+    if LIST.in_slots:
+        loaded = tl.load(plain + head * head_stride + dim, mask=mask, other=0)
+    else:
+        first: tl.constexpr = SHAPE.basis_rank if LIST.in_hadamard else 0
+        loaded = tl.load(rotated + head * SHAPE.rotated_width + first + dim, mask=mask, other=0)
+    return loaded.to(LIST.dot_type)
+
+
+@triton.jit
+def store_part(out, lse, maximum, weights, values, PART: tl.constexpr, SHAPE: tl.constexpr):
+    """Write one part, normalised.
+
+    Args:
+        out: pointer to float32 ``[group, head_size]``.
+        lse: pointer to the part's base-2 logarithm; those of the heads lie ``num_parts`` apart.
+    """
+    LIST: tl.constexpr = SHAPE.parts[PART]
+    PER_BYTE: tl.constexpr = LIST.fields
+    head = tl.arange(0, SHAPE.padded_group)
+    column = tl.arange(0, LIST.padded_value_row * PER_BYTE)
+    in_row = column % LIST.padded_value_row
+    dim = column // LIST.padded_value_row * LIST.value_row + in_row
+    mask = (head < SHAPE.group)[:, None] & (in_row < LIST.value_row)[None, :]
+    tl.store(
+        out + head[:, None] * SHAPE.head_size + dim[None, :], values / weights[:, None], mask=mask
+    )
+    tl.store(lse + head * SHAPE.num_parts, maximum + tl.log2(weights), mask=head < SHAPE.group)
+
+
+@triton.jit
+def store_no_part(lse, SHAPE: tl.constexpr):
+    """Say that there is no part; see :func:`store_part`."""
+    head = tl.arange(0, SHAPE.padded_group)
+    nothing = tl.full([SHAPE.padded_group], float("-inf"), tl.float32)
+    tl.store(lse + head * SHAPE.num_parts, nothing, mask=head < SHAPE.group)
+
+
+@triton.jit(do_not_specialize=["layer", "table_stride", "min_pages"])
+def attend_split(
+    query,
+    query_stride,
+    head_stride,
+    rotated,
+    arena,
+    block_table,
+    table_stride,
+    query_rows,
+    lengths,
+    leases,
+    layer,
+    scale,
+    min_pages,
+    part_out,
+    part_lse,
+    SHAPE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attend over one share of one unit. Grid: splits, KV heads, queries.
+
+    Args:
+        query: ``[queries, q_heads, head_size]``, strides of the first two in elements.
+        rotated: float32 ``[queries, q_heads, rotated_width]``, from ``rotate_queries``.
+        arena: uint8 of the whole cache, 16-byte aligned.
+        block_table: int32 ``[rows, blocks]``, stride of the first in elements.
+        query_rows: int32 ``[queries]``.
+        lengths: int32 ``[queries]``.
+        leases: int32 ``[rows, 2]``.
+        layer: layer of the model.
+        scale: factor of the scores, times log2(e).
+        min_pages: pages that a program takes at least; later programs then have none.
+        part_out: written, float32 ``[queries, kv_heads, splits + lists, group, head_size]``,
+            where there is a part.
+        part_lse: written, float32 ``[queries, kv_heads, splits, group, lists + 1]``, base-2
+            logarithm; minus infinity where there is no part.
+    """
+    LISTS: tl.constexpr = SHAPE.num_lists
+    split = tl.program_id(0)
+    splits = tl.num_programs(0)
+    head = tl.program_id(1)
+    index = tl.program_id(2).to(tl.int64)
+    row, length, first_block, tail_block = find_request(query_rows, lengths, leases, index)
+    leased = tail_block > 0
+    blocks = block_table + row * table_stride
+    unit = index * tl.num_programs(1) + head
+    head_of_model = layer * SHAPE.num_kv_heads + head
+
+    # A page table never spans blocks, and a block's pages are contiguous.
+    lease = tl.load(blocks + first_block, mask=leased, other=0).to(tl.int64)
+    table = (arena + lease * (SHAPE.pages_per_block * SHAPE.page_bytes)).to(
+        tl.pointer_type(tl.int32)
+    ) + head_of_model * (2 * LISTS)
+    tail_tokens = tl.maximum(length - tail_block * SHAPE.block_size, 0)
+    tail_pages = tl.cdiv(tail_tokens, SHAPE.block_size)
+    total = tail_pages
+    for f in tl.static_range(LISTS):
+        tokens = tl.load(table + 2 * f, mask=leased, other=0)
+        total += tl.cdiv(tokens, SHAPE.parts[f].tokens_per_page)
+    share = tl.maximum(tl.cdiv(total, splits), min_pages)
+    begin = split * share
+    end = begin + share
+
+    out = part_out + (unit * (splits + LISTS) + split) * SHAPE.part_floats
+    lse = part_lse + (unit * splits + split) * (SHAPE.group * SHAPE.num_parts)
+    plain = query + index * query_stride + head * SHAPE.group * head_stride
+    turned = rotated + unit * (SHAPE.group * SHAPE.rotated_width)
+    before = 0  # pages of the lists so far
+    for f in tl.static_range(LISTS):
+        tokens = tl.load(table + 2 * f, mask=leased, other=0)
+        first_page = tl.load(table + 2 * f + 1, mask=leased, other=0)
+        pages = tl.cdiv(tokens, SHAPE.parts[f].tokens_per_page)
+        first = tl.maximum(begin - before, 0)
+        last = tl.minimum(end - before, pages)
+        before += pages
+        if first < last:
+            rows = load_query(plain, head_stride, turned, f, SHAPE)
+            if SHAPE.parts[f].in_slots:
+                maximum, weights, values = attend_slots(
+                    rows,
+                    arena,
+                    blocks,
+                    first_block,
+                    first_page,
+                    first,
+                    last,
+                    tokens,
+                    scale,
+                    f,
+                    SHAPE,
+                    STAGES,
+                )
+            elif SHAPE.parts[f].quantised:
+                maximum, weights, values = attend_codes(
+                    rows,
+                    arena,
+                    blocks,
+                    first_block,
+                    first_page,
+                    first,
+                    last,
+                    tokens,
+                    scale,
+                    f,
+                    SHAPE,
+                    STAGES,
+                )
+            else:
+                maximum, weights, values = attend_elements(
+                    rows,
+                    arena,
+                    blocks,
+                    first_block,
+                    first_page,
+                    first,
+                    last,
+                    tokens,
+                    scale,
+                    f,
+                    SHAPE,
+                    STAGES,
+                )
+            to = out + f * SHAPE.part_floats
+            store_part(to, lse + f, maximum, weights, values, f, SHAPE)
+        else:
+            store_no_part(lse + f, SHAPE)
+
+    first = tl.maximum(begin - before, 0)
+    last = tl.minimum(end - before, tail_pages)
+    if first < last:
+        maximum, weights, values = attend_slots(
+            load_query(plain, head_stride, turned, LISTS, SHAPE),
+            arena,
+            blocks,
+            tail_block,
+            head_of_model,
+            first,
+            last,
+            tail_tokens,
+            scale,
+            LISTS,
+            SHAPE,
+            STAGES,
+        )
+        to = out + LISTS * SHAPE.part_floats
+        store_part(to, lse + LISTS, maximum, weights, values, LISTS, SHAPE)
+    else:
+        store_no_part(lse + LISTS, SHAPE)

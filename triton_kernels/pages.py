@@ -1,0 +1,217 @@
+"""Attention over the pages of one list, for each of the three ways in which tokens lie in them.
+
+All three take a list's pages ``first .. last`` and return the state of one online softmax:
+the rows' maximum ``[rows]``, sums of weights ``[rows]``, and weighted values ``[rows, ...]``,
+where rows are the query heads of the group, padded for the matrix units.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .addresses import lease_page
+from .codes import load_byte_rows, unpack, unpack_field
+from .softmax import LOWEST, dot, raise_maximum
+
+
+@triton.jit
+def attend_codes(
+    query,
+    arena,
+    blocks,
+    first_block,
+    first_page,
+    first,
+    last,
+    num_tokens,
+    scale,
+    PART: tl.constexpr,
+    SHAPE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention over pages of integer codes.
+
+    No code is multiplied by its scale. The scale of K multiplies the score, where the zero
+    point leaves as well. That of V, ``2 ** e * f`` with ``1 <= f < 2``, is split: ``e`` joins
+    the score, which keeps the weights within float16 whatever the scales; ``f`` the weight.
+
+    Args:
+        query: ``[rows, padded_rank]`` of the list's ``dot_type``, in the format's space.
+        first_block: where the lease starts in ``blocks``.
+        first_page: page of the lease at which the list starts.
+        first: first page of the list to read.
+        last: one past the last.
+        num_tokens: tokens in the list.
+        scale: factor of the scores, which are base-2 logarithms.
+        PART: index of the list in ``SHAPE.parts``.
+
+    Returns:
+        The state; column ``f * padded_value_row + j`` of the values is field ``f`` of byte ``j``.
+    """
+    LIST: tl.constexpr = SHAPE.parts[PART]
+    HEADS: tl.constexpr = SHAPE.padded_group
+    FIELDS: tl.constexpr = LIST.fields
+    BYTES: tl.constexpr = LIST.columns
+    VALUE_BYTES: tl.constexpr = LIST.padded_value_row
+    BITS: tl.constexpr = LIST.bits
+    TYPE: tl.constexpr = LIST.dot_type
+
+    column = tl.arange(0, BYTES)
+    value_byte = tl.arange(0, VALUE_BYTES)[None, :]
+    zero_score = tl.sum(query.to(tl.float32), axis=1)[:, None] * LIST.bias
+    maximum = tl.full([HEADS], LOWEST, tl.float32)
+    weights = tl.zeros([HEADS, BYTES], tl.float32)
+    values = tl.zeros([HEADS, VALUE_BYTES * FIELDS], tl.float32)
+    for tile in tl.range(first * LIST.chunks, last * LIST.chunks, num_stages=STAGES):
+        number = tile // LIST.chunks
+        start = tile % LIST.chunks * BYTES
+        page = lease_page(arena, blocks, first_block, first_page + number, SHAPE)
+        scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16))
+        packed_keys = load_byte_rows(page, start, PART, SHAPE)
+        # Every field of K's bytes is a run of tokens. All are loaded before any is used.
+        in_list, packed_values, key_scales, value_scales = (), (), (), ()
+        for field in tl.static_range(FIELDS):
+            in_page = field * LIST.key_row + start + column
+            exists = (start + column < LIST.key_row) & (
+                number * LIST.tokens_per_page + in_page < num_tokens
+            )
+            rows = page + LIST.section_bytes + in_page[:, None] * LIST.value_row
+            mask = exists[:, None] & (value_byte < LIST.value_row)
+            in_list += (exists,)
+            packed_values += (tl.load(rows + value_byte, mask=mask, other=0),)
+            key_scales += (tl.load(scales + in_page, mask=exists, other=0),)
+            value_at = LIST.tokens_per_page + in_page
+            value_scales += (tl.load(scales + value_at, mask=exists, other=0).to(tl.int32),)
+
+        scores = ()
+        highest = tl.full([HEADS, BYTES], float("-inf"), tl.float32)
+        for field in tl.static_range(FIELDS):
+            keys = unpack_field(packed_keys, BITS, field, TYPE)
+            # A bfloat16 is the upper half of a float32.
+            key_scale = (key_scales[field].to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+            exponent = ((value_scales[field] >> 7) - 127).to(tl.float32)
+            score = (dot(query, keys, None) - zero_score) * (key_scale * scale)[None, :]
+            score = tl.where(in_list[field][None, :], score + exponent[None, :], float("-inf"))
+            scores += (score,)
+            highest = tl.maximum(highest, score)
+        raised, factor = raise_maximum(maximum, highest)
+        weights *= factor
+        values *= factor
+        for field in tl.static_range(FIELDS):
+            value_scale = value_scales[field]
+            weight = tl.exp2(scores[field] - raised[:, None])
+            unscaled = ((254 - (value_scale >> 7)) << 23).to(tl.float32, bitcast=True)
+            weights += weight * unscaled[None, :]
+            fraction = (((value_scale & 0x7F) | 0x3F80) << 16).to(tl.float32, bitcast=True)
+            codes = unpack(packed_values[field], BYTES, VALUE_BYTES, BITS, TYPE)
+            centred = codes - tl.full([], LIST.bias, TYPE)
+            values = dot((weight * fraction[None, :]).to(TYPE), centred, values)
+        maximum = raised
+    return maximum, tl.sum(weights, axis=1), values
+
+
+@triton.jit
+def attend_elements(
+    query,
+    arena,
+    blocks,
+    first_block,
+    first_page,
+    first,
+    last,
+    num_tokens,
+    scale,
+    PART: tl.constexpr,
+    SHAPE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention over pages of a lower rank in the cache's type; see :func:`attend_codes`."""
+    LIST: tl.constexpr = SHAPE.parts[PART]
+    HEADS: tl.constexpr = SHAPE.padded_group
+    CAPACITY: tl.constexpr = LIST.tokens_per_page
+    COLUMNS: tl.constexpr = LIST.columns
+    RANK: tl.constexpr = LIST.padded_rank
+    TYPE: tl.constexpr = LIST.dot_type
+    column = tl.arange(0, COLUMNS)
+    dim = tl.arange(0, RANK)
+    maximum = tl.full([HEADS], LOWEST, tl.float32)
+    weights = tl.zeros([HEADS, COLUMNS], tl.float32)
+    values = tl.zeros([HEADS, RANK], tl.float32)
+    for tile in tl.range(first * LIST.chunks, last * LIST.chunks, num_stages=STAGES):
+        number = tile // LIST.chunks
+        in_page = tile % LIST.chunks * COLUMNS + column
+        page = lease_page(arena, blocks, first_block, first_page + number, SHAPE)
+        page = page.to(tl.pointer_type(LIST.element))
+        exists = (in_page < CAPACITY) & (number * CAPACITY + in_page < num_tokens)
+        keys = tl.load(
+            page + dim[:, None] * CAPACITY + in_page[None, :],
+            mask=(dim < LIST.rank)[:, None] & (in_page < CAPACITY)[None, :],
+            other=0,
+        )
+        rows = tl.load(
+            page + LIST.rank * CAPACITY + in_page[:, None] * LIST.rank + dim[None, :],
+            mask=exists[:, None] & (dim < LIST.rank)[None, :],
+            other=0,
+        )
+        scores = dot(query, keys, None) * scale
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        maximum, factor = raise_maximum(maximum, scores)
+        weight = tl.exp2(scores - maximum[:, None])
+        weights = weights * factor + weight
+        values = dot(weight.to(TYPE), rows, values * factor)
+    return maximum, tl.sum(weights, axis=1), values
+
+
+@triton.jit
+def attend_slots(
+    query,
+    arena,
+    blocks,
+    first_block,
+    first_page,
+    first,
+    last,
+    num_tokens,
+    scale,
+    PART: tl.constexpr,
+    SHAPE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attention over full tokens; see :func:`attend_codes`. A tile takes tokens of several pages.
+
+    Args:
+        first_block: where the lease, or the tail, starts in ``blocks``.
+        first_page: the list's first page in the lease; or the tail's page in each of its blocks.
+    """
+    LIST: tl.constexpr = SHAPE.parts[PART]
+    HEADS: tl.constexpr = SHAPE.padded_group
+    BLOCK_SIZE: tl.constexpr = SHAPE.block_size
+    TOKENS: tl.constexpr = LIST.columns
+    RANK: tl.constexpr = LIST.padded_rank
+    TYPE: tl.constexpr = LIST.dot_type
+    dim = tl.arange(0, RANK)
+    maximum = tl.full([HEADS], LOWEST, tl.float32)
+    weights = tl.zeros([HEADS, TOKENS], tl.float32)
+    values = tl.zeros([HEADS, RANK], tl.float32)
+    end = tl.minimum(num_tokens, last * BLOCK_SIZE)
+    for start in tl.range(first * BLOCK_SIZE, end, TOKENS, num_stages=STAGES):
+        token = start + tl.arange(0, TOKENS)
+        exists = token < end
+        number = tl.minimum(token, end - 1) // BLOCK_SIZE
+        if PART < SHAPE.num_lists:  # a list, whose pages follow one another
+            page = lease_page(arena, blocks, first_block, first_page + number, SHAPE)
+        else:
+            block = tl.load(blocks + first_block + number).to(tl.int64)
+            page = arena + (block * SHAPE.pages_per_block + first_page) * SHAPE.page_bytes
+        slots = page.to(tl.pointer_type(LIST.element)) + token % BLOCK_SIZE * (2 * LIST.rank)
+        mask = exists[:, None] & (dim < LIST.rank)[None, :]
+        keys = tl.load(slots[:, None] + dim[None, :], mask=mask, other=0)
+        rows = tl.load(slots[:, None] + LIST.rank + dim[None, :], mask=mask, other=0)
+        scores = dot(query, tl.trans(keys), None) * scale
+        scores = tl.where(exists[None, :], scores, float("-inf"))
+        maximum, factor = raise_maximum(maximum, scores)
+        weight = tl.exp2(scores - maximum[:, None])
+        weights = weights * factor + weight
+        values = dot(weight.to(TYPE), rows, values * factor)
+    return maximum, tl.sum(weights, axis=1), values

@@ -1,0 +1,124 @@
+"""Into the spaces of the formats and back: Hadamard transform and principal bases."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .addresses import find_request, lease_page
+
+
+@triton.jit
+def hadamard(vector, SHAPE: tl.constexpr):
+    """Multiply by ``core.basis.hadamard``, which is its own inverse, without its matrix.
+
+    Each step adds and subtracts the halves of a block and interleaves the results, so that
+    after as many steps as an index has bits every bit was the leading one once.
+
+    Args:
+        vector: float32 ``[padded_head]``, zero from the head size on.
+    """
+    STEPS: tl.constexpr = SHAPE.hadamard_steps
+    BLOCK: tl.constexpr = 2**STEPS
+    for _ in tl.static_range(STEPS):
+        halves = tl.reshape(vector, [SHAPE.padded_head // BLOCK, 2, BLOCK // 2])
+        first, second = tl.split(tl.permute(halves, (0, 2, 1)))
+        vector = tl.reshape(tl.join(first + second, first - second), [SHAPE.padded_head])
+    return vector * BLOCK**-0.5
+
+
+@triton.jit
+def load_basis(
+    calibrated,
+    arena,
+    blocks,
+    first_block,
+    tail_block,
+    layer,
+    head,
+    SIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """One head's basis of keys (side 0) or values (side 1).
+
+    Args:
+        calibrated: pointer to float32 ``[kv_heads, basis_rank, head_size]`` of the layer; not
+            read where the basis is the prompt's own.
+        arena: pointer to uint8.
+        blocks: pointer to the request's int32 row of the block table.
+        first_block: where the lease starts in ``blocks``.
+        tail_block: where the lease ends; 0 for none, and then a prompt's basis is zero.
+        layer: layer of the model.
+        head: KV head of the layer.
+
+    Returns:
+        float32 ``[padded_basis, padded_head]``, zero outside.
+    """
+    RANK: tl.constexpr = SHAPE.basis_rank
+    ROWS_PER_PAGE: tl.constexpr = SHAPE.basis_rows_per_page
+    direction = tl.arange(0, SHAPE.padded_basis)
+    dim = tl.arange(0, SHAPE.padded_head)
+    if SHAPE.has_prompt_basis:
+        held = direction < tl.where(tail_block > 0, RANK, 0)
+        at = SIDE * RANK + direction
+        first_page = SHAPE.basis_first_page
+        first_page += (layer * SHAPE.num_kv_heads + head) * SHAPE.basis_pages_per_head
+        page = tl.where(held, first_page + at // ROWS_PER_PAGE, 0)
+        address = lease_page(arena, blocks, first_block, page, SHAPE)
+        rows = address.to(tl.pointer_type(SHAPE.element)) + at % ROWS_PER_PAGE * SHAPE.head_size
+    else:
+        held = direction < RANK
+        rows = calibrated + (head * RANK + direction) * SHAPE.head_size
+    mask = held[:, None] & (dim < SHAPE.head_size)[None, :]
+    return tl.load(rows[:, None] + dim[None, :], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["layer", "table_stride"])
+def rotate_queries(
+    query,
+    query_stride,
+    head_stride,
+    arena,
+    block_table,
+    table_stride,
+    query_rows,
+    lengths,
+    leases,
+    layer,
+    basis_keys,
+    rotated,
+    SHAPE: tl.constexpr,
+):
+    """Bring every query into the formats' spaces. Grid: queries, query heads.
+
+    Args:
+        rotated: written, float32 ``[queries, q_heads, rotated_width]``.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    query_head = tl.program_id(1)
+    dim = tl.arange(0, SHAPE.padded_head)
+    vector = tl.load(
+        query + index * query_stride + query_head * head_stride + dim,
+        mask=dim < SHAPE.head_size,
+        other=0,
+    ).to(tl.float32)
+    to = rotated + (index * tl.num_programs(1) + query_head) * SHAPE.rotated_width
+    if SHAPE.uses_basis:
+        row, _, first_block, tail_block = find_request(query_rows, lengths, leases, index)
+        basis = load_basis(
+            basis_keys,
+            arena,
+            block_table + row * table_stride,
+            first_block,
+            tail_block,
+            layer,
+            query_head // SHAPE.group,
+            0,
+            SHAPE,
+        )
+        direction = tl.arange(0, SHAPE.padded_basis)
+        low = tl.sum(basis * vector[None, :], axis=1)
+        tl.store(to + direction, low, mask=direction < SHAPE.basis_rank)
+    if SHAPE.uses_hadamard:
+        rotated_vector = hadamard(vector, SHAPE)
+        tl.store(to + SHAPE.basis_rank + dim, rotated_vector, mask=dim < SHAPE.head_size)

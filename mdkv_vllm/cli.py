@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mdkv_vllm import __version__
-from mdkv_vllm.config import BASIS_FILE, HEADS_FILE
+from mdkv_vllm.config import BASIS_FILE, DEFAULT_BUDGET, HEADS_FILE
 from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
 
 console = Console(stderr=True)
@@ -66,9 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         "--text", type=Path, nargs="+", default=[], metavar="FILE",
         help="text files or folders to hide answers in (default: Python's language reference)",
     )  # fmt: skip
-    heads.add_argument(
-        "--lengths", nargs="+", type=int, default=[512, 1024], metavar="TOKENS"
-    )
+    heads.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], metavar="TOKENS")
     heads.add_argument(
         "--per-length", type=int, default=5, metavar="N",
         help="questions of either kind at each length (default: %(default)s)",
@@ -88,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt", required=True, metavar="FILE", help="UTF-8 text file, or - for standard input"
     )
     inspect.add_argument(
-        "--budget", type=float, default=0.3, help="share of bytes to keep (default: %(default)s)"
+        "--budget",
+        type=float,
+        default=DEFAULT_BUDGET,
+        help="share of bytes to keep (default: %(default)s)",
     )
     inspect.add_argument(
         "--settings", default="{}", metavar="JSON", help="""other settings, as '{"window": 64}'"""

@@ -22,6 +22,7 @@ PROMPT_BASIS = "prompt"
 """Value of ``basis`` that computes a basis from each prompt."""
 EVEN_HEADS = "even"
 """Value of ``heads`` that gives every layer the same bytes."""
+DEFAULT_BUDGET = 0.25
 DEFAULT_HEAD_SHARE = 0.67
 DEFAULT_HEAD_POWER = 0.5
 BLOCK_NAME = "mixeddim"
@@ -63,7 +64,7 @@ class MixedDimConfig:
 
     Attributes:
         enabled: compress at all; with False the backend serves a full cache.
-        budget: share of each prompt's KV bytes to keep, in (0, 1]. Default 0.3.
+        budget: share of each prompt's KV bytes to keep, in (0, 1]. Default 0.25.
         budget_tokens: the same in full-dimension token equivalents per KV head, from 1;
             replaces ``budget``.
         window: prompt tokens at the end that stay full and whose queries score the rest,
@@ -103,7 +104,7 @@ class MixedDimConfig:
         if self.budget is not None and self.budget_tokens is not None:
             raise ConfigError("mixeddim.budget and mixeddim.budget_tokens are both set; give one")
         if self.budget is None and self.budget_tokens is None:
-            object.__setattr__(self, "budget", 0.3)
+            object.__setattr__(self, "budget", DEFAULT_BUDGET)
         _check_budget("mixeddim.budget", self.budget)
         _check_budget_tokens("mixeddim.budget_tokens", self.budget_tokens)
         _check_int("mixeddim.window", self.window, 1, 1024)

@@ -2,7 +2,7 @@
 # Serve a model with the mixed-dimension KV cache on this machine's CPU.
 #
 #   MODEL=   folder or hub name (default: the embedded SmolLM2-135M-Instruct)
-#   PORT=    default 8000          BUDGET=  share of prompt KV bytes kept, default 0.30
+#   PORT=    default 8000          BUDGET=  share of prompt KV bytes kept, default 0.25
 #   SETTINGS='{"window": 64}'  further settings of the mixeddim block, as JSON
 #   ARGS=    further arguments of `vllm serve`, which win over those set here
 set -euo pipefail
@@ -11,18 +11,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly DEFAULT_MODEL="models/SmolLM2-135M-Instruct"
 model="${MODEL:-$DEFAULT_MODEL}"
 port="${PORT:-8000}"
-budget="${BUDGET:-0.30}"
 export PATH="$PWD/.venv/bin:$PATH"
 
 if [[ "${ARGS:-}" == *--additional-config* ]]; then
     echo "serve: ARGS may not hold --additional-config; give settings in SETTINGS='{...}'" >&2
     exit 2
 fi
-additional="$(python - "$budget" "${SETTINGS:-}" <<'END'
+additional="$(python - "${BUDGET:-}" "${SETTINGS:-}" <<'END'
 import json, sys
 
 try:
-    settings = {"budget": float(sys.argv[1]), **json.loads(sys.argv[2] or "{}")}
+    budget = {"budget": float(sys.argv[1])} if sys.argv[1] else {}
+    settings = {**budget, **json.loads(sys.argv[2] or "{}")}
 except (ValueError, TypeError) as error:
     sys.exit(f"serve: BUDGET={sys.argv[1]} SETTINGS={sys.argv[2]}: {error}")
 print(json.dumps({"mixeddim": settings}))

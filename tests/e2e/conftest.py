@@ -3,6 +3,7 @@
 import pytest
 from serving import Server
 
+from mdkv_vllm.cli import main
 from mdkv_vllm.models import prepare_smollm2
 
 pytest.importorskip("vllm")
@@ -10,7 +11,10 @@ pytest.importorskip("vllm")
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
-    return prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2")
+    """The model with head scores, so that servers give every head a budget of its own."""
+    folder = prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2")
+    assert main(["head-scores", str(folder), "--lengths", "512", "--per-length", "6"]) == 0
+    return folder
 
 
 @pytest.fixture(scope="session")

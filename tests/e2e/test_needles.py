@@ -18,7 +18,7 @@ DEPTHS = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 0.97]
 def test_needles_are_found(server, model_folder, num_tokens):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     numbers = random.Random(num_tokens)
-    found = {1.0: 0, 0.5: 0, 0.3: 0}
+    found = {1.0: 0, 0.5: 0, 0.25: 0, 0.125: 0}
     for depth in DEPTHS:
         needle = str(numbers.randint(1_000_000, 9_999_999))
         prompt = haystack(tokenizer, num_tokens, needle, depth)
@@ -26,9 +26,9 @@ def test_needles_are_found(server, model_folder, num_tokens):
             found[budget] += needle in server.text(prompt, budget)
     # At 4K tokens of this text the model itself begins to miss needles.
     assert found[1.0] >= (5 if num_tokens == 4096 else 8), f"the full cache itself fails: {found}"
-    assert found[0.5] >= found[1.0] - 1, found
-    assert found[0.3] >= found[1.0] - 1, found
-    reports = server.status()["recent"][-2 * len(DEPTHS) :]
+    for budget in (0.5, 0.25, 0.125):
+        assert found[budget] >= found[1.0] - 1, found
+    reports = server.status()["recent"][-3 * len(DEPTHS) :]
     shares = sorted(round(r["kept_share"], 2) for r in reports)
-    assert shares[0] <= 0.3
+    assert shares[0] <= 0.13
     assert shares[-1] <= 0.5

@@ -1,6 +1,7 @@
 """Run one offline engine in a process of its own: JSON arguments in, JSON result out.
 
-``{"engine": {...LLM arguments}, "prompts": [[ids]], "max_tokens": n, "result": path}``
+``{"engine": {...LLM arguments}, "prompts": [[ids]], "budgets": [...], "max_tokens": n,
+"result": path}``; budgets are per prompt, null for the engine's own.
 """
 
 import json
@@ -13,9 +14,16 @@ from vllm import LLM, SamplingParams
 def main():
     job = json.loads(sys.argv[1])
     llm = LLM(**job["engine"], enforce_eager=True, disable_log_stats=False)
-    parameters = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=2
-    )
+    parameters = [
+        SamplingParams(
+            temperature=0,
+            max_tokens=job["max_tokens"],
+            ignore_eos=True,
+            logprobs=2,
+            extra_args=budget and {"mixeddim_budget": budget},
+        )
+        for budget in job["budgets"]
+    ]
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
     outputs = llm.generate(prompts, parameters, use_tqdm=False)
     result = {
@@ -31,7 +39,7 @@ def main():
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
     }
     if job["engine"].get("attention_backend") == "mixeddim":
-        result["status"] = llm.collective_rpc("mixeddim_status")[0]
+        result["ranks"] = llm.collective_rpc("mixeddim_status")
     Path(job["result"]).write_text(json.dumps(result))
 
 

@@ -21,17 +21,18 @@ def prompts(model_folder):
     ]
 
 
-def generate(tmp_path, model, prompts, max_tokens=48, **engine):
+def generate(tmp_path, model, prompts, max_tokens=48, budgets=None, variables=None, **engine):
     result = tmp_path / "result.json"
     job = {
         "engine": {"model": str(model), "dtype": "float32", "max_model_len": 2048, **engine},
         "prompts": prompts,
+        "budgets": budgets or [None] * len(prompts),
         "max_tokens": max_tokens,
         "result": str(result),
     }
     script = Path(__file__).parent / "generate.py"
     run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)], env=environment(),
+        [sys.executable, str(script), json.dumps(job)], env={**environment(), **(variables or {})},
         capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
@@ -84,7 +85,7 @@ def test_other_formats_serve_too(tmp_path, model_folder, prompts, settings):
         tmp_path, model_folder, prompts[2:4], max_tokens=16, attention_backend="mixeddim",
         kv_cache_dtype="bfloat16", additional_config={"mixeddim": settings},
     )  # fmt: skip
-    reports = result["status"]["recent"]
+    reports = result["ranks"][0]["recent"]
     assert [r["prompt_tokens"] for r in reports] == [700, 1100]
     assert all(r["kept_share"] <= settings["budget"] for r in reports)
     used = {name for r in reports for name, count in r["tokens"].items() if count}

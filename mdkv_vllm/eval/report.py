@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mdkv_vllm.eval.rows import Row
@@ -30,21 +30,20 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def overview(rows: Sequence[Row]) -> str:
-    """A line per method and budget."""
-    header = ["method", "bytes", "n", "accuracy", "95 %", "KL", "top-1"]
-    lines = [
-        [
-            s.method,
-            _bytes(s),
-            str(s.count),
-            _number(s.accuracy),
-            f"{_number(s.low)} to {_number(s.high)}" if s.low is not None else "",
-            _number(s.divergence, 4),
-            _number(s.agreement),
-        ]
-        for s in _ordered(summarise(rows))
-    ]
-    return _table(header, lines)
+    """A line per method and budget; without accuracy where no answer has a reference."""
+    columns: dict[str, Callable[[Summary], str]] = {
+        "method": lambda s: s.method,
+        "bytes": _bytes,
+        "n": lambda s: str(s.count),
+        "accuracy": lambda s: _number(s.accuracy),
+        "95 %": lambda s: f"{_number(s.low)} to {_number(s.high)}",
+        "KL": lambda s: _number(s.divergence, 4),
+        "top-1": lambda s: _number(s.agreement),
+    }
+    if all(row.score is None for row in rows):
+        del columns["accuracy"], columns["95 %"]
+    lines = [[cell(s) for cell in columns.values()] for s in _ordered(summarise(rows))]
+    return _table(list(columns), lines)
 
 
 def by_task(rows: Sequence[Row]) -> str:

@@ -23,7 +23,7 @@ class Summary:
         method: its name.
         budget: share of bytes asked for.
         share: mean share of bytes held, None where that is not known.
-        count: scored answers.
+        count: answers.
         accuracy: mean score.
         low: lower end of the 95 % Wilson interval of the accuracy.
         high: its upper end.
@@ -72,7 +72,7 @@ def _summary(method: str, budget: float, rows: Sequence[Row]) -> Summary:
         method,
         budget,
         _mean([row.share for row in rows if row.share is not None]),
-        len(scores),
+        len(rows),
         accuracy,
         low,
         high,

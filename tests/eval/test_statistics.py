@@ -41,7 +41,7 @@ def test_methods_are_summed_up_apart():
     half, quarter = summarise(rows)
     assert (half.count, half.accuracy, half.share) == (2, 0.5, pytest.approx(0.48))
     assert half.divergence == pytest.approx(0.2)
-    assert (quarter.count, quarter.accuracy, quarter.divergence) == (0, None, None)
+    assert (quarter.count, quarter.accuracy, quarter.divergence) == (1, None, None)
 
 
 def test_solved_tasks_are_those_full_attention_solves():

@@ -9,6 +9,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from mdkv_vllm.triton_kernels.attend import attend_split
 from mdkv_vllm.triton_kernels.merge import merge_parts
@@ -78,15 +79,27 @@ def compile_kernel(name: str, shape: DecodeShape, capability: int) -> Compiled:
         return "fp32" if argument == "scale" else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
+    return compile_signature(kernel, signature, constants, capability, shape.num_warps)
+
+
+def compile_signature(
+    kernel: JITFunction,
+    signature: dict[str, str],
+    constants: dict[str, object],
+    capability: int,
+    num_warps: int = 4,
+    multiples_of_16: tuple[str, ...] = (),
+) -> Compiled:
+    """Compile any kernel; pointers are 16-byte aligned, and so are integers named so."""
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*")
+        if signature[argument].startswith("*") or argument in multiples_of_16
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": shape.num_warps},
+        options={"num_warps": num_warps},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

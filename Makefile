@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test lint bench eval lm-eval clean
+.PHONY: setup serve demo test lint bench bench-gpu eval lm-eval clean
 export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
@@ -34,6 +34,10 @@ bench:
 	$(BIN)/python benchmarks/decode_kernel.py --json results/decode_kernel.json
 	$(BIN)/python benchmarks/prefill.py --model $(MODEL) --out results/prefill.json
 	$(BIN)/python benchmarks/serving.py --model $(MODEL) --out results/serving.json
+
+# On a machine with a GPU, torch and triton; nothing is installed. QUICK=1 takes a part of it.
+bench-gpu:
+	python3 benchmarks/gpu/run.py --json results/gpu.json $(if $(QUICK),--quick)
 
 # The tables and plots of docs/quality.md, hours on two cores; QUICK=1 takes minutes. HAYSTACK=
 # names text to hide things in other than the text that the defaults were chosen on.

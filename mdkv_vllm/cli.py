@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from mdkv_vllm import __version__
-from mdkv_vllm.config import BASIS_FILE, DEFAULT_BUDGET, HEADS_FILE
+from mdkv_vllm.config import BASIS_FILE, DEFAULT_BUDGET, HEADS_FILE, ConfigError
 from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
 
 console = Console(stderr=True)
@@ -66,7 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         "--text", type=Path, nargs="+", default=[], metavar="FILE",
         help="text files or folders to hide answers in (default: Python's language reference)",
     )  # fmt: skip
-    heads.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], metavar="TOKENS")
+    heads.add_argument(
+        "--lengths", nargs="+", type=int, default=[512, 1024], metavar="TOKENS",
+        help="prompt lengths (default: 512 1024)",
+    )  # fmt: skip
     heads.add_argument(
         "--per-length", type=int, default=5, metavar="N",
         help="questions of either kind at each length (default: %(default)s)",
@@ -131,13 +135,18 @@ def _calibrate(options: argparse.Namespace) -> None:
 
 def _head_scores(options: argparse.Namespace) -> None:
     from mdkv_vllm.calibrate.command import head_scores
+    from mdkv_vllm.calibrate.head_scores import MIN_ANSWERED, TASKS
 
     out = _artifact(options, HEADS_FILE)
     for length in options.lengths:
         if length < 256:
             raise ValueError(f"--lengths: {length} is too short; allowed are numbers from 256 up")
-    if options.per_length < 1:
-        raise ValueError(f"--per-length is {options.per_length}; allowed are numbers from 1 up")
+    asked = len(TASKS) * len(options.lengths) * options.per_length
+    if asked < MIN_ANSWERED:
+        raise ValueError(
+            f"--per-length is {options.per_length}: {asked} questions in all; at least "
+            f"{MIN_ANSWERED} right answers are needed"
+        )
     head_scores(
         options.model, options.text, out, options.lengths, options.per_length, options.device,
         console,
@@ -151,6 +160,8 @@ def _artifact(options: argparse.Namespace, name: str) -> Path:
     out = Path(options.out or Path(options.model) / name)
     if not out.parent.is_dir():
         raise ValueError(f"--out: folder {out.parent} does not exist")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out: {out} is a folder, or lies in one that may not be written to")
     return out
 
 
@@ -172,6 +183,10 @@ def _inspect(options: argparse.Namespace) -> None:
         raise ValueError(f"--dtype is {options.dtype!r}; allowed are float32, bfloat16, float16")
     if not options.out.parent.is_dir():
         raise ValueError(f"--out: folder {options.out.parent} does not exist")
+    try:
+        config.heads_path(options.model)
+    except ConfigError as error:
+        raise ValueError(f"--settings: {error}") from error
     text = _prompt(options.prompt)
     model = EvalModel(options.model, getattr(torch, options.dtype))
     prompt = tokenise(model.tokenizer, text, options.chat, options.find)

@@ -217,17 +217,21 @@ class MixedDimConfig:
         """File of head scores to use with a model folder; None for even budgets.
 
         Raises:
-            ConfigError: ``heads`` names a file that does not exist.
+            ConfigError: ``heads`` names a file that does not exist, or ``head_share`` or
+                ``head_power`` is set and there is no file.
         """
         if self.heads == EVEN_HEADS or not self.enabled:
             return None
         path = Path(self.heads) if self.heads else Path(model) / HEADS_FILE
-        if self.heads and not path.is_file():
-            raise ConfigError(
-                f"mixeddim.heads: {path} does not exist; make it with 'mdkv head-scores', or set "
-                f"heads to {EVEN_HEADS!r}"
-            )
-        return path if path.is_file() else None
+        if path.is_file():
+            return path
+        for name in ("heads", "head_share", "head_power"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"mixeddim.{name} is {getattr(self, name)!r}, but {path} does not exist; make "
+                    f"it with 'mdkv head-scores', or set heads to {EVEN_HEADS!r} alone"
+                )
+        return None
 
 
 def request_budget(extra_args: Mapping[str, Any] | None) -> Budget | None:

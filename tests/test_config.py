@@ -78,3 +78,5 @@ def test_where_head_scores_are_looked_for(tmp_path):
     missing = str(tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="does not exist; make it with 'mdkv head-scores'"):
         MixedDimConfig(heads=missing).heads_path(model)
+    with pytest.raises(ConfigError, match=r"mixeddim.head_share is 0.5, but .* does not exist"):
+        MixedDimConfig(head_share=0.5).heads_path(str(tmp_path / "elsewhere"))

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         files = write_tasks(
             tokenizer, options.tasks, options.lengths, options.per_task, options.out / "tasks"
         )
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"lm_eval/run.py: {error}", file=sys.stderr)
         return 2
     command = lm_eval_command(options.server, served, files, options.budget, options.out)

@@ -137,8 +137,8 @@ def load_head_scores(path: Path, model: str, sizes: tuple[int, int]) -> torch.Te
             f"{sizes[1]} KV heads"
         )
     if not (scores >= 0).all() or not scores.any():
-        raise ArtifactError(f"{path}: scores are negative or all 0; allowed are 0 and above")
-    return scores.unflatten(1, (sizes[1], -1)).sum(-1)
+        raise ArtifactError(f"{path}: scores are negative or all 0; at least one must be above 0")
+    return (scores / scores.max()).unflatten(1, (sizes[1], -1)).sum(-1)
 
 
 def load_head_budgets(
@@ -177,6 +177,8 @@ def _save(path: Path, tensors: dict[str, torch.Tensor], info: ArtifactInfo) -> N
     metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
     temporary = path.with_suffix(".tmp")
     save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata)
+    # safetensors lets nobody else read it, but a server may run as another user.
+    temporary.chmod(weights.stat().st_mode & 0o666 if weights.is_file() else 0o644)
     temporary.replace(path)
 
 
@@ -196,6 +198,8 @@ def _read(
             tensors = {name: file.get_tensor(name).float() for name in dimensions}
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist") from error
+    except PermissionError as error:
+        raise ArtifactError(f"{path} may not be read by this user") from error
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
         raise ArtifactError(f"{path} does not hold {content} or is damaged: {error}") from error
     for name, tensor in tensors.items():

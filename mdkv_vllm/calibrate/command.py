@@ -20,7 +20,7 @@ from mdkv_vllm.calibrate.artifact import (
 from mdkv_vllm.calibrate.moments import Moments, gather_moments
 from mdkv_vllm.core.basis import Basis, principal_basis
 
-HEAD_METHOD = "HeadKV-R2 on numbers hidden among numbers with other keys, per query head"
+HEAD_METHOD = "HeadKV-R2 on hidden numbers, alone and among numbers with other keys, per query head"
 METHOD = "uncentred PCA of keys after rotary embedding, and of values, per layer and KV head"
 
 

@@ -1,10 +1,12 @@
 """Which heads find what a question asks for: HeadKV's retrieval-reasoning scores.
 
 HeadKV-R2 (arXiv 2410.19258): hide an answer in a long text together with something
-that could be mistaken for it, let the model answer, and at every step credit each query head with
-the attention that its strongest positions give to the hidden answer. Ours hide a number with a
-key among three more numbers with other keys (RULER's multi-key needle), which also small models
-can answer, in place of HeadKV's questions about two people's preferences.
+that could be mistaken for it, let the model answer, and while it does credit each query head with
+the attention that its strongest positions give to the hidden answer. In place of HeadKV's
+questions about two people's preferences, ours ask for a number with a key, which also small models
+can answer: half of them with nothing else hidden, half among three more numbers with other keys
+(RULER's single and multi-key needle). The step that makes the answer's first token belongs to
+prefill and is not credited.
 """
 
 from __future__ import annotations

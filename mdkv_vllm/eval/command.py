@@ -60,8 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="BABILong, RULER or LongBench files (jsonl) instead of generated tasks",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, help="examples of each published file at most")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048], metavar="TOKENS")
-    parser.add_argument("--per-task", type=int, default=10, help="examples per task and length")
+    parser.add_argument(
+        "--lengths", nargs="+", type=int, default=[1024, 2048], metavar="TOKENS",
+        help="prompt lengths (default: 1024 2048)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--per-task", type=int, default=10,
+        help="examples per task and length (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--haystack", nargs="+", type=Path, default=[], metavar="FILE",
         help="text files or folders to hide things in (default: Python's language reference)",
@@ -129,8 +135,14 @@ def run_description(options: argparse.Namespace, haystack: str) -> dict[str, Any
         "settings": repr(MixedDimConfig()),
         "formats": list(MixedDimConfig().format_set(PageGeometry(16, 64, torch.bfloat16)).names),
         "head budgets": [DEFAULT_HEAD_SHARE, DEFAULT_HEAD_POWER],
+        "head scores": _digest(Path(options.model) / HEADS_FILE) if options.offline else None,
         "losses": [PRIOR_WEIGHT, HYBRID_WEIGHT, POOL_BEFORE, POOL_AFTER],
     }
+
+
+def _digest(path: Path) -> str | None:
+    """A short digest of a file; None where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
 
 def check_same_run(folder: Path, description: dict[str, Any]) -> None:
@@ -189,8 +201,9 @@ def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     if not options.methods and not (model.folder / HEADS_FILE).is_file():
         chosen = [name for name in known if name not in NEED_HEAD_SCORES]
         Console(stderr=True).print(
-            f"left out: {', '.join(NEED_HEAD_SCORES)}, for which 'mdkv head-scores {model.folder}' "
-            "was not run"
+            f"left out: {', '.join(NEED_HEAD_SCORES)}, which need {model.folder / HEADS_FILE}; make "
+            "it with 'mdkv head-scores' (of a model in a folder)",
+            soft_wrap=True,
         )
     # Everything else is compared with full attention.
     names = dict.fromkeys(("full", *chosen))

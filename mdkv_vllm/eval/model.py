@@ -38,11 +38,18 @@ class EvalModel:
         folder: model folder or hub name.
         dtype: compute type, for example ``torch.bfloat16``.
         device: torch device.
+
+    Raises:
+        ValueError: there is no such device.
     """
 
     def __init__(
         self, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu"
     ) -> None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device is {device!r}, which cannot be used: {error}") from error
         from transformers import AutoModelForCausalLM, AutoTokenizer
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface

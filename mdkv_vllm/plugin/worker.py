@@ -15,7 +15,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from mdkv_vllm.calibrate.artifact import load_basis, load_head_budgets
-from mdkv_vllm.config import ConfigError
+from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.plugin.backend import MixedDimBackend
@@ -86,12 +86,9 @@ class MixedDimCPUWorker(CPUWorker):
         return basis.truncate(formats.basis_rank)
 
     def _own_heads(self, policy: Policy) -> slice:
-        """KV heads of the model that this tensor-parallel rank holds."""
         ranks = self.parallel_config.tensor_parallel_size
         total = self.vllm_config.model_config.get_total_num_kv_heads()
-        # Ranks beyond the number of heads hold copies.
-        first = self.rank % ranks * total // ranks
-        return slice(first, first + policy.num_kv_heads)
+        return heads_of_rank(self.rank % ranks, ranks, total, policy.num_kv_heads)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput
@@ -114,6 +111,19 @@ def attention_layers(vllm_config: VllmConfig) -> list[Attention]:
     context = vllm_config.compilation_config.static_forward_context
     layers = [layer for layer in context.values() if isinstance(layer, Attention)]
     return sorted(layers, key=lambda layer: layer.kv_cache.data_ptr())
+
+
+def heads_of_rank(rank: int, ranks: int, total: int, count: int) -> slice:
+    """KV heads of the model that a tensor-parallel rank holds.
+
+    Args:
+        rank: its number, from 0.
+        ranks: how many there are; more than ``total`` hold copies.
+        total: KV heads of the model.
+        count: KV heads of each rank.
+    """
+    first = rank * total // ranks
+    return slice(first, first + count)
 
 
 def arena_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:
@@ -162,11 +172,12 @@ def describe(policy: Policy, heads: HeadBudgets | None) -> str:
     budget = (
         f"budget {config.budget:.0%}" if config.budget else f"budget {config.budget_tokens} tokens"
     )
-    by_head = (
-        f"{heads.share:.0%} of it by head scores"
-        if heads
-        else "the same for every layer ('mdkv head-scores' finds which heads need more)"
-    )
+    if heads is not None:
+        by_head = f"{heads.share:.0%} of it by head scores to the power {heads.power:g}"
+    elif config.heads == EVEN_HEADS:
+        by_head = "the same for every layer (heads: even)"
+    else:
+        by_head = "the same for every layer (no head scores; 'mdkv head-scores' makes them)"
     return (
         f"{budget}, {by_head}, formats {', '.join(policy.formats.names)}, "
         f"loss {config.loss}, window {config.window}, prompts from "

@@ -37,7 +37,10 @@ def save(path, scores, model):
 def test_scores_are_summed_over_each_group(tmp_path):
     path = tmp_path / "scores.safetensors"
     save(path, torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]]), "some/model")
-    assert load_head_scores(path, "some/model", (2, 2)).tolist() == [[3, 7], [11, 15]]
+    assert load_head_scores(path, "some/model", (2, 2)).tolist() == [
+        [3 / 8, 7 / 8],
+        [11 / 8, 15 / 8],
+    ]
 
 
 @pytest.mark.parametrize(

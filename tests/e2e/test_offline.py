@@ -77,7 +77,13 @@ def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
     "settings",
     [
         {"budget": 0.5, "formats": "paper", "basis": "prompt", "loss": "paper"},
-        {"budget": 0.4, "formats": ["r32i8", "i8", "full"], "basis": "prompt", "loss": "pooled"},
+        {
+            "budget": 0.4,
+            "formats": ["r32i8", "i8", "full"],
+            "basis": "prompt",
+            "loss": "pooled",
+            "heads": "even",
+        },
     ],
 )
 def test_other_formats_serve_too(tmp_path, model_folder, prompts, settings):

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head_scores
 from mdkv_vllm.config import HEADS_FILE
+from mdkv_vllm.plugin.worker import heads_of_rank
 
 pytestmark = pytest.mark.server
 
@@ -26,10 +27,25 @@ def divisible_model(tmp_path_factory, model_folder):
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
-    # All heads alike: then a head's pages do not depend on how many share its lease.
-    info = ArtifactInfo(str(folder), model_identity(str(folder)), "even", "", 1)
-    save_head_scores(folder / HEADS_FILE, torch.ones(LAYERS, QUERY_HEADS), info)
+    # The square roots of both ranks' scores (KV heads 0 and 1) sum to 3, so a head's pages do not
+    # depend on how many share its lease; but the ranks' scores lie in different heads.
+    scores = torch.tensor([[0, 0, 9, 0], [2.25, 0, 0, 0], [1, 1.25, 0, 0]])
+    info = ArtifactInfo(str(folder), model_identity(str(folder)), "test", "", 1)
+    save_head_scores(folder / HEADS_FILE, scores, info)
     return folder
+
+
+@pytest.mark.parametrize(
+    ("ranks", "total", "count", "expected"),
+    [
+        (1, 3, 3, [[0, 1, 2]]),
+        (2, 8, 4, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        (4, 2, 1, [[0], [0], [1], [1]]),  # as vLLM copies heads
+    ],
+)
+def test_heads_of_each_rank(ranks, total, count, expected):
+    heads = list(range(total))
+    assert [heads[heads_of_rank(r, ranks, total, count)] for r in range(ranks)] == expected
 
 
 def test_two_ranks_answer_and_compress_as_one_does(tmp_path, divisible_model):
@@ -60,6 +76,10 @@ def test_two_ranks_answer_and_compress_as_one_does(tmp_path, divisible_model):
         for report in rank["recent"]:
             expected = alone[report["prompt_tokens"]]
             assert report["kept_blocks"] == expected["kept_blocks"]
-            # Its share of the tokens, but for the page that each rank's own table takes.
-            for name, count in report["tokens"].items():
-                assert abs(count - expected["tokens"][name] / 2) <= 64, (name, report, expected)
+    # Together they hold what one holds, but for the page that each rank's own table takes.
+    for reports in zip(*(rank["recent"] for rank in two["ranks"]), strict=True):
+        whole = alone[reports[0]["prompt_tokens"]]["tokens"]
+        for name, count in whole.items():
+            assert abs(sum(r["tokens"][name] for r in reports) - count) <= 128, (name, reports)
+        # Scores in one head of the second rank: it holds that head whole and the others poorly.
+        assert reports[1]["tokens"]["full"] > reports[0]["tokens"]["full"], reports

@@ -64,7 +64,13 @@ class HeadKV:
             )
         blocks = -(-prefill.num_tokens // BLOCK_TOKENS)
         least = -(-WINDOW // BLOCK_TOKENS)
-        pages = heads.pages(int(budget * _all_blocks(prefill)), least, blocks)
+        total = int(budget * _all_blocks(prefill))
+        if total < least * heads.scores.numel():
+            raise ValueError(
+                f"--budgets: {budget} of {prefill.num_tokens} tokens is less than the window of "
+                f"{WINDOW} tokens, which {self.name} keeps of every head"
+            )
+        pages = heads.pages(total, least, blocks)
         kept = keep_best(_metric(model, prefill), WINDOW, pages * BLOCK_TOKENS)
         return evicted(prefill, kept)
 

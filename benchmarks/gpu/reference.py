@@ -1,0 +1,110 @@
+"""Float64 attention on any device: the specification, fast enough for long contexts."""
+
+from __future__ import annotations
+
+import torch
+
+from mdkv_vllm.core.basis import Basis, hadamard
+from mdkv_vllm.core.formats import PageFormat, Rotation
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.packing import unpack_list
+from mdkv_vllm.core.reference import attend, read_page_table, read_prompt_basis
+
+
+def mixed_decode(
+    query: torch.Tensor,
+    arena: torch.Tensor,
+    layer: int,
+    layout: LeaseLayout,
+    block_table: torch.Tensor,
+    query_rows: torch.Tensor,
+    lengths: torch.Tensor,
+    leases: torch.Tensor,
+    basis: Basis | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of single-token queries; arguments as in ``core.reference.mixed_decode``.
+
+    A query of length 0 gives zeros and minus infinity, and its row is not looked at.
+
+    Returns:
+        float64 outputs ``[queries, query_heads, head_size]`` and lse ``[queries, query_heads]``.
+    """
+    heads, group = layout.num_kv_heads, query.shape[1] // layout.num_kv_heads
+    outputs = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float64, device=query.device)
+    for index, (row, length) in enumerate(zip(query_rows.tolist(), lengths.tolist(), strict=True)):
+        if length == 0:
+            continue
+        keys, values = _tail(arena, layer, layout, block_table[row], leases[row], length)
+        first, end = leases[row].tolist()
+        kept = [(keys[head], values[head]) for head in range(heads)]
+        if end:
+            lease = _lease(arena, block_table[row, first:end], layer, layout, basis)
+            kept = [
+                (torch.cat((k, more_k)), torch.cat((v, more_v)))
+                for (k, v), (more_k, more_v) in zip(kept, lease, strict=True)
+            ]
+        for head, (keys, values) in enumerate(kept):
+            mine = slice(head * group, (head + 1) * group)
+            outputs[index, mine], lse[index, mine] = attend(query[index, mine], keys, values, scale)
+    return outputs, lse
+
+
+def _tail(
+    arena: torch.Tensor,
+    layer: int,
+    layout: LeaseLayout,
+    blocks: torch.Tensor,
+    lease: torch.Tensor,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Full tokens behind a lease: float64 keys and values ``[kv_heads, tokens, head_size]``."""
+    block_size, heads = layout.geometry.block_size, layout.num_kv_heads
+    first = int(lease[1])
+    last = max(first, -(-length // block_size))
+    pages = arena[blocks[first:last].long(), layer * heads : (layer + 1) * heads]
+    slots = pages.transpose(0, 1).flatten(1, 2)[:, : max(length - first * block_size, 0)].double()
+    return slots[..., : layout.geometry.head_size], slots[..., layout.geometry.head_size :]
+
+
+def _lease(
+    arena: torch.Tensor,
+    blocks: torch.Tensor,
+    layer: int,
+    layout: LeaseLayout,
+    basis: Basis | None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Kept tokens of each head: float64 keys and values ``[tokens, head_size]``."""
+    pages = arena[blocks.long()].view(torch.uint8).flatten(2).flatten(0, 1)
+    table = read_page_table(pages, layout)[layer].tolist()
+    if layout.prompt_basis_rank:
+        basis = read_prompt_basis(pages, layout)
+    kept = []
+    for head, lists in enumerate(table):
+        keys: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for fmt, (tokens, first) in zip(layout.formats.formats, lists, strict=True):
+            if tokens == 0:
+                continue
+            low = unpack_list(
+                pages[first : first + fmt.pages(tokens)], tokens, fmt, layout.geometry
+            )
+            for side, vectors, full in (("keys", low[0], keys), ("values", low[1], values)):
+                directions = getattr(basis, side)[layer, head] if basis else None
+                full.append(vectors.double() @ _decoder(fmt, directions, pages.device))
+        nothing = [torch.empty(0, layout.geometry.head_size, device=pages.device).double()]
+        kept.append((torch.cat(keys or nothing), torch.cat(values or nothing)))
+    return kept
+
+
+def _decoder(
+    fmt: PageFormat, directions: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """What brings a format's vectors back: float64 ``[rank, head_size]``."""
+    if fmt.rotation is Rotation.BASIS:
+        assert directions is not None
+        return directions[:, : fmt.rank].double().T.to(device)
+    if fmt.rotation is Rotation.HADAMARD:
+        return hadamard(fmt.rank).double().to(device)
+    return torch.eye(fmt.rank, dtype=torch.float64, device=device)

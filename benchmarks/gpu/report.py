@@ -1,0 +1,193 @@
+"""Rows of measurements, the short table of them, and what they were meant to reach."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COPY_SHARE = 0.80
+LARGE_BYTES = 64_000_000
+FULL_TIMES = 1.05
+QUARTER_TIMES = 0.30
+OURS = "mdkv"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel's time for one load.
+
+    Attributes:
+        model: attention heads, by a model that has them.
+        batch: queries.
+        tokens: context of each.
+        kernel: :data:`OURS`, or a full cache's.
+        holding: what requests hold, as ``Holding.name``.
+        budget: share of the full bytes, 1 for a full cache.
+        microseconds: median time of a call; NaN where there is none.
+        spread: interquartile range over the median.
+        in_graph: whether calls were replayed from a CUDA graph.
+        kv_bytes: bytes of keys and values of one call.
+        moved_bytes: all bytes that one call has to move.
+        copy_rate: bytes per second of a copy just before.
+        note: why there is no time.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    kernel: str
+    holding: str
+    budget: float
+    microseconds: float
+    spread: float
+    in_graph: bool
+    kv_bytes: int
+    moved_bytes: int
+    copy_rate: float
+    note: str = ""
+
+    @property
+    def load(self) -> tuple[str, int, int]:
+        """What was computed."""
+        return self.model, self.batch, self.tokens
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second."""
+        return self.moved_bytes / self.microseconds * 1e6
+
+    @property
+    def copy_share(self) -> float:
+        """Rate over that of the copy."""
+        return self.rate / self.copy_rate
+
+    @property
+    def line(self) -> str:
+        """One line of a log."""
+        name = f"{self.model}, {self.batch} x {self.tokens}, {self.kernel}, {self.holding}"
+        if math.isnan(self.microseconds):
+            return f"{name}: {self.note[:100]}"
+        return (
+            f"{name}: {self.microseconds:.1f} us, {self.moved_bytes / 1e6:.1f} MB, "
+            f"{self.rate / 1e9:.0f} GB/s, {self.copy_share:.0%} of copy"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, with what follows from it; null where there is no time."""
+        derived = {"gb_per_s": self.rate / 1e9, "share_of_copy": self.copy_share}
+        return plain(asdict(self) | derived)
+
+
+def plain(record: dict[str, Any]) -> dict[str, Any]:
+    """A record without NaN, which JSON does not know; None in its place."""
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in record.items()
+    }
+
+
+def best_full(rows: Sequence[Row]) -> dict[tuple[str, int, int], Row]:
+    """The fastest full-cache kernel of each load."""
+    best: dict[tuple[str, int, int], Row] = {}
+    for row in rows:
+        if row.kernel != OURS and not math.isnan(row.microseconds):
+            other = best.get(row.load)
+            if other is None or row.microseconds < other.microseconds:
+                best[row.load] = row
+    return best
+
+
+def table(rows: Sequence[Row], kinds: Sequence[str]) -> str:
+    """A line per load: the best full cache, then ours.
+
+    Ours are times over the best full cache's, and shares of the copy's rate.
+
+    Args:
+        rows: everything measured.
+        kinds: holdings to show.
+    """
+    best = best_full(rows)
+    ours = [row.holding for row in rows if row.kernel == OURS]
+    holdings = [name for name in dict.fromkeys(ours) if name.split()[0] in kinds]
+    head = f"{'model':24} {'batch':>5} {'tokens':>7} {'best full cache':>26}"
+    lines = [head + "".join(f" {name:>12}" for name in holdings)]
+    for load in dict.fromkeys(row.load for row in rows):
+        rival = best.get(load)
+        full = f"{rival.kernel} {rival.microseconds:.1f} us" if rival else "none"
+        line = f"{load[0][:24]:24} {load[1]:5} {load[2]:7} {full:>26}"
+        mine = {row.holding: row for row in rows if row.load == load and row.kernel == OURS}
+        lines.append(line + "".join(f" {_cell(mine.get(name), rival):>12}" for name in holdings))
+    return "\n".join(lines)
+
+
+def _cell(row: Row | None, rival: Row | None) -> str:
+    if row is None or math.isnan(row.microseconds):
+        return "-"
+    times = f"{row.microseconds / rival.microseconds:.2f}x " if rival else ""
+    return f"{times}{row.copy_share:4.0%}"
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One aim and how often it was reached.
+
+    Attributes:
+        text: the aim.
+        reached: rows that reach it.
+        rows: rows that it is for.
+        worst: the row furthest from it, in words.
+    """
+
+    text: str
+    reached: int
+    rows: int
+    worst: str
+
+    @property
+    def line(self) -> str:
+        """One line of a report."""
+        if not self.rows:
+            return f"{self.text}: nothing measured"
+        return f"{self.text}: {self.reached} of {self.rows}; worst {self.worst}"
+
+
+def aims(rows: Sequence[Row]) -> list[Aim]:
+    """Hold our rows against what was aimed at."""
+    best = best_full(rows)
+    ours = [row for row in rows if row.kernel == OURS and not math.isnan(row.microseconds)]
+
+    def times(row: Row) -> float:
+        return row.microseconds / best[row.load].microseconds
+
+    compared = [row for row in ours if row.load in best]
+    return [
+        _aim(
+            f"at least {COPY_SHARE:.0%} of the copy's rate from {LARGE_BYTES / 1e6:.0f} MB of KV",
+            [row for row in ours if row.kv_bytes >= LARGE_BYTES],
+            lambda row: -row.copy_share,
+            -COPY_SHARE,
+        ),
+        _aim(
+            f"at 100 % at most {FULL_TIMES} x the best full cache",
+            [row for row in compared if row.budget == 1.0],
+            times,
+            FULL_TIMES,
+        ),
+        _aim(
+            f"at 25 % at most {QUARTER_TIMES} x the best full cache",
+            [row for row in compared if row.budget == 0.25],
+            times,
+            QUARTER_TIMES,
+        ),
+    ]
+
+
+def _aim(text: str, rows: Sequence[Row], value: Callable[[Row], float], most: float) -> Aim:
+    worst = max(rows, key=value, default=None)
+    told = ""
+    if worst is not None:
+        name = f"{worst.model}, {worst.batch} x {worst.tokens}, {worst.holding}"
+        told = f"{abs(value(worst)):.2f} ({name})"
+    return Aim(text, sum(value(row) <= most for row in rows), len(rows), told)

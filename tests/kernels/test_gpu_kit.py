@@ -1,0 +1,332 @@
+"""The GPU kit's parts that need no GPU: inputs, bytes, reference, report, and that checks fail."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import interpreter
+import leases
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import gpu_kit
+from gpu_kit import check, inputs, loads, reference, report, rivals, sanitize
+from leases import Model, Request, ragged
+
+from mdkv_vllm.core import reference as specification
+
+CPU = torch.device("cpu")
+HEADS = loads.Heads("tiny", 2, 3, 64)
+LOAD = loads.Load(HEADS, 2, 500)
+HOLDINGS = [
+    loads.FULL,
+    loads.Holding("mixed", 0.5),
+    loads.Holding("mixed", 0.125),
+    loads.Holding("int", 0.5),
+    loads.Holding("int", 0.25),
+    loads.Holding("rank", 0.25),
+]
+
+
+@pytest.fixture(scope="module")
+def process():
+    with interpreter.start() as running:
+        yield running
+
+
+def build(holding, load=LOAD, sets=2):
+    return inputs.build(load, holding, sets, CPU, torch.Generator().manual_seed(3))
+
+
+def by_name(holding):
+    return holding.name
+
+
+def read_both(module, made, index=0):
+    """Attention of one set by one of the two references."""
+    return module.mixed_decode(
+        made.queries[index],
+        made.arena,
+        0,
+        made.layout,
+        made.block_table,
+        made.query_rows[index],
+        made.lengths,
+        made.leases,
+        made.basis,
+        0.125,
+    )
+
+
+@pytest.mark.parametrize("holding", HOLDINGS, ids=by_name)
+def test_inputs_are_leases(holding):
+    made = build(holding)
+    for index in range(made.sets):
+        expected, got = read_both(specification, made, index), read_both(reference, made, index)
+        torch.testing.assert_close(got, expected)
+        assert expected[0].isfinite().all()
+    used = made.block_table[made.block_table >= 0]
+    assert len(used) == len(used.unique())
+    assert int(used.max()) < len(made.arena)
+
+
+@pytest.mark.parametrize("holding", HOLDINGS, ids=by_name)
+def test_bytes_are_those_of_the_pages_listed(holding):
+    made = build(holding)
+    geometry, layout = made.layout.geometry, made.layout
+    slot = 2 * geometry.head_size * geometry.dtype.itemsize
+    listed = kept = 0
+    for row in made.query_rows[1].tolist():
+        first, tail = made.leases[row].tolist()
+        listed += (int(made.lengths[0]) - tail * geometry.block_size) * slot * layout.num_kv_heads
+        if not tail:
+            continue
+        pages = specification.lease_pages(made.arena, made.block_table[row, first:tail])
+        table = specification.read_page_table(pages, layout)[0]
+        for lists in table.tolist():
+            for fmt, (tokens, _) in zip(layout.formats.formats, lists, strict=True):
+                kept += fmt.pages(tokens) * geometry.page_bytes
+                listed += (
+                    tokens
+                    * slot
+                    * fmt.bits
+                    * fmt.rank
+                    // (8 * geometry.dtype.itemsize * geometry.head_size)
+                )
+                listed += 4 * tokens if fmt.quantised else 0
+    assert made.kv_bytes == listed
+    assert made.kv_bytes < made.moved_bytes
+    if holding.kind != "full":
+        room = layout.list_pages(tail - first) * geometry.page_bytes * len(made.lengths)
+        assert kept <= room
+        if holding.kind != "rank":  # every token is held before the pages run out
+            assert kept > 0.8 * room
+
+
+@pytest.mark.parametrize("holding", loads.HOLDINGS, ids=by_name)
+@pytest.mark.parametrize("heads", loads.MODELS, ids=lambda heads: heads.name)
+def test_a_long_context_takes_its_budget(heads, holding):
+    layout = loads.layout_of(heads, holding)
+    if holding.kind == "full":
+        return
+    blocks = int(32768 * holding.budget) // 16
+    shares = holding.shares(heads.kv_heads)
+    tokens = inputs.list_tokens(layout, shares, blocks, 32768)
+    per_token = torch.tensor([inputs.token_bytes(f) for f in layout.formats.formats])
+    held = int((tokens * per_token).sum())
+    assert 0.93 * holding.budget < held / (32768 * heads.token_bytes) <= holding.budget
+    assert int(tokens.sum(1).max()) <= 32768
+
+
+def test_poison_where_no_list_is():
+    made = build(loads.Holding("mixed", 0.5))
+    first, tail = made.leases[0].tolist()
+    pages = specification.lease_pages(made.arena, made.block_table[0, first:tail])
+    table = specification.read_page_table(pages, made.layout)[0]
+    last_format = made.layout.formats.formats[-1]
+    tokens, start = table[-1, -1].tolist()
+    assert (pages[start + last_format.pages(tokens) :] == inputs.POISON).all()
+
+
+@pytest.mark.parametrize("prompt_rank", [0, 24])
+def test_reference_is_the_specification(prompt_rank):
+    names = ("r8", "r24", "i4", "full") if prompt_rank else check.EVERY_FORMAT
+    model = Model(names, prompt_basis_rank=prompt_rank)
+    case = leases.Case(model, [*ragged(model.layout().min_blocks + 2), Request(6, 1, fill=0.0)])
+    rows = torch.arange(6, dtype=torch.int32)
+    lengths = torch.tensor(case.totals, dtype=torch.int32)
+    arguments = (case.arena, 1, case.layout, case.block_table, rows, lengths, case.leases)
+    query = case.randn(6, 6, 64)
+    expected = specification.mixed_decode(query, *arguments, case.calibrated, 0.125)
+    got = reference.mixed_decode(query, *arguments, case.calibrated, 0.125)
+    torch.testing.assert_close(got, expected)
+
+
+SMALL = Model(check.EVERY_FORMAT, 64, 1, kv_heads=1, query_dtype=torch.bfloat16)
+MIX = [Request(6, 20), Request(0, 40), Request(8, 1, freed_blocks=0), Request(6, 3, fill=0.0)]
+
+
+def test_check_passes(process):
+    outcome = process.submit(gpu_kit.check_variant, SMALL, MIX, 5).result()
+    assert outcome.failures == ()
+    assert 0 < outcome.error < 8e-3
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("scaled", "relative error 5"),
+        ("unwritten", "relative error nan"),
+        ("last token missed", "relative error"),
+        ("cache written", "the cache was written to"),
+        ("beside written", "something beside the output was written to"),
+        ("padding written", "padding did not give zeros"),
+        ("lse off", "lse off by 5"),
+    ],
+)
+def test_check_finds(process, fault, told):
+    outcome = process.submit(gpu_kit.check_variant, SMALL, MIX, 5, fault).result()
+    assert told in outcome.failures[0]
+
+
+@pytest.mark.parametrize("fault", [None, "scaled", "unwritten", "last token missed"])
+def test_long_check(process, fault):
+    heads = replace(HEADS, kv_heads=1, group=1)
+    load = loads.Load(heads, 2, 300)
+    job = process.submit(gpu_kit.check_long, load, loads.Holding("mixed", 0.25), 5, fault)
+    assert bool(job.result().failures) == bool(fault)
+
+
+def test_variants_cover_what_they_should():
+    models = check.variants(quick=False)
+    every = [m for m in models if m.names == check.EVERY_FORMAT]
+    pairs = {(m.head_size, m.dtype) for m in every}
+    assert {(size, dtype) for size in check.HEAD_SIZES for dtype in check.DTYPES} <= pairs
+    grouped = {(m.group, m.dtype) for m in every}
+    assert {(group, dtype) for group in check.GROUPS for dtype in check.DTYPES} <= grouped
+    assert len({check.name_of(m) for m in models}) == len(models)
+    assert {m.dtype for m in check.variants(quick=True)} == set(check.DTYPES)
+
+
+def row(kernel, microseconds, holding="full", budget=1.0, kv_bytes=100_000_000, batch=8):
+    return report.Row(
+        "some model",
+        batch,
+        4096,
+        kernel,
+        holding,
+        budget,
+        microseconds,
+        0.01,
+        True,
+        kv_bytes,
+        kv_bytes,
+        4e12,
+    )
+
+
+ROWS = [
+    row("torch flash", 50.0),
+    row("FlashInfer", 40.0),
+    row("xformers", math.nan),
+    row(report.OURS, 41.0),
+    row(report.OURS, 14.0, "mixed 0.25", 0.25, 25_000_000),
+]
+
+
+def test_report():
+    table = report.table(ROWS, ("full", "mixed")).splitlines()
+    assert len(table) == 2
+    assert "FlashInfer 40.0 us" in table[1]
+    assert table[1].split()[-4:] == ["1.02x", "61%", "0.35x", "45%"]
+    assert "mixed" not in report.table(ROWS, ("full", "rank"))
+    assert ROWS[3].line.endswith("41.0 us, 100.0 MB, 2439 GB/s, 61% of copy")
+    copy, full, quarter = report.aims(ROWS)
+    assert (copy.reached, copy.rows) == (0, 1)  # the smaller one need not reach it
+    assert "0.61" in copy.worst
+    assert (full.reached, full.rows) == (1, 1)
+    assert (quarter.reached, quarter.rows) == (0, 1)
+    assert quarter.line.endswith("0 of 1; worst 0.35 (some model, 8 x 4096, mixed 0.25)")
+
+
+def test_report_without_rivals():
+    rows = [row(report.OURS, 41.0), row("xformers", math.nan)]
+    assert "none" in report.table(rows, ("full",))
+    assert report.aims(rows)[1].line.endswith("nothing measured")
+    assert report.table([], ("full",)).startswith("model")
+
+
+def test_rows_are_json():
+    written = json.loads(json.dumps([r.as_json() for r in ROWS], allow_nan=False))
+    assert written[2]["microseconds"] is None
+    assert written[3]["gb_per_s"] == pytest.approx(1e8 / 41e-6 / 1e9)
+
+
+def full_cache():
+    return rivals.FullCache.random(LOAD, 2, torch.Generator().manual_seed(1))
+
+
+def test_rivals_are_called_as_they_should_be():
+    cache = full_cache()
+    step = rivals.torch_sdpa(cache, rivals.SDPBackend.MATH)
+    assert cache.error(step(1), 1) < rivals.MAX_ERROR
+    assert cache.error(step(1), 0) > rivals.MAX_ERROR
+
+
+def test_a_kernel_that_is_not_there_is_noted():
+    def missing(_):
+        raise ModuleNotFoundError("No module named 'that'")
+
+    timing, note = gpu_kit.measure._try(missing, full_cache(), 2)
+    assert math.isnan(timing.seconds)
+    assert note == "not importable: No module named 'that'"
+
+
+def test_a_kernel_with_wrong_results_is_not_timed():
+    cache = full_cache()
+    timing, note = gpu_kit.measure._try(lambda _: torch.zeros_like, cache, 2)
+    assert math.isnan(timing.seconds)
+    assert note
+    timing, note = gpu_kit.measure._try(lambda c: lambda i: c.queries[i] * 0, cache, 2)
+    assert note == "wrong result, relative error 1.0e+00"
+
+
+def test_loads_are_timed_one_by_one(monkeypatch):
+    """All but the clock: every kernel and holding gets a row, too large a load a reason."""
+
+    class Copy:
+        def bytes_per_second(self):
+            return 1e12
+
+    def timed(step, sets, in_graph=True):
+        return gpu_kit.measure.Timing(1e-3, 0.0, in_graph)
+
+    monkeypatch.setattr(gpu_kit.measure, "DeviceCopy", Copy)
+    monkeypatch.setattr(gpu_kit.measure, "free_memory", lambda: 1 << 30)
+    monkeypatch.setattr(gpu_kit.measure, "sets_for", lambda call_bytes: 2)
+    monkeypatch.setattr(gpu_kit.measure, "time_calls", timed)
+    todo, skipped = [LOAD, loads.Load(HEADS, 10_000, 500)], []
+    generator, deadline = torch.Generator().manual_seed(0), time.monotonic() + 600
+    rows = list(gpu_kit.measure.measure_all(todo, HOLDINGS, generator, deadline, skipped))
+    assert [r.kernel for r in rows] == [*rivals.RIVALS, *[report.OURS] * len(HOLDINGS)]
+    assert [r.holding for r in rows[len(rivals.RIVALS) :]] == [h.name for h in HOLDINGS]
+    full = next(r for r in rows if r.kernel == report.OURS)
+    assert full.kv_bytes == LOAD.full_bytes == rows[0].kv_bytes
+    assert skipped == ["tiny, batch 10000 x 500: 3 GB do not fit"]
+    assert all(r.note for r in rows if math.isnan(r.microseconds))
+    assert list(gpu_kit.measure.measure_all(todo, HOLDINGS, generator, 0.0, skipped)) == []
+    assert skipped[-1].endswith("no time left")
+
+
+@pytest.mark.parametrize(
+    ("planted", "status", "text", "errors", "failed"),
+    [
+        (False, 0, "========= ERROR SUMMARY: 0 errors", 0, False),
+        (False, 0, "========= ERROR SUMMARY: 3 errors", 3, True),
+        (False, 0, "RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", 2, True),
+        (False, 1, "AssertionError\n========= ERROR SUMMARY: 0 errors", 1, True),
+        (True, 1, "========= ERROR SUMMARY: 7 errors", 7, False),
+        (True, 0, "========= ERROR SUMMARY: 0 errors", 0, True),
+        (False, 1, "Device not supported\n========= ERROR SUMMARY: 1 error", None, False),
+        (False, -1, "not done after 150 s", None, False),
+    ],
+)
+def test_what_the_sanitizer_says(planted, status, text, errors, failed):
+    found = sanitize.finding("memcheck", planted, (status, text))
+    assert (found.errors, found.failed) == (errors, failed)
+    assert ("FAILED" in found.text) == failed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(tmp_path):
+    """Also that a checkout is enough, seen from elsewhere."""
+    command = [sys.executable, gpu_kit.FOLDER / "run.py", "--json", "there.json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "gpu/run.py: torch sees no CUDA GPU here; nothing was run\n"
+    assert not list(tmp_path.iterdir())

@@ -11,15 +11,17 @@ pytest.importorskip("triton")
 
 from compiler import SHARED_LIMIT, compile_signature
 
-from mdkv_vllm.triton_kernels import quantise, window_scores
+from mdkv_vllm.triton_kernels import window_scores
 from mdkv_vllm.triton_kernels.elements import element_type
 from mdkv_vllm.triton_kernels.pack import PackShape, pack_list_page
 from mdkv_vllm.triton_kernels.quantise import gaussian_step, read_back, tile_vectors
 from mdkv_vllm.triton_kernels.shapes import padded
-from mdkv_vllm.triton_kernels.window_scores import row_log_sums, tile_sides, token_sums
+from mdkv_vllm.triton_kernels.window_scores import chunk_of, row_log_sums, token_sums
 
 CAPABILITIES = tuple(SHARED_LIMIT)
-NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+POINTERS = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +29,7 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def compile_strided(kernel, pointers, constants, capability):
+def check(kernel, pointers, constants, capability, num_warps=4):
     """Compile with those pointer types; strides are multiples of 16, other integers are any."""
 
     def kind(argument):
@@ -39,77 +41,83 @@ def compile_strided(kernel, pointers, constants, capability):
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     strides = tuple(argument for argument in kernel.arg_names if argument.endswith("stride"))
-    compiled = compile_signature(
-        kernel, signature, constants, capability, multiples_of_16=strides
-    )
+    compiled = compile_signature(kernel, signature, constants, capability, num_warps, strides)
     assert compiled.local == compiled.stack == 0, f"spills: {compiled.registers} registers"
     assert compiled.shared <= SHARED_LIMIT[capability]
     return compiled
 
 
-def check_row_log_sums(rank, rows, dtype, capability):
-    tile_rows, tile_tokens = tile_sides(rows, rank)
-    constants = {"GROUP": 4, "DIMS": rank, "PADDED": padded(rank), "TYPE": element_type(dtype)}
-    constants |= {"ROWS": tile_rows, "TOKENS": tile_tokens, "SHARE": 512}
-    types = dict.fromkeys(("queries", "keys"), NAMES[constants["TYPE"].name_]) if False else {}
-    types = dict.fromkeys(("queries", "keys"), NAMES[str(dtype).removeprefix("torch.")])
-    return compile_strided(row_log_sums, types | {"log_sums": "fp32"}, constants, capability)
+def check_scores(kernel, pointers, constants, capability):
+    constants = constants | {"ROWS": window_scores.MAX_TILE_ROWS}
+    constants |= {"TOKENS": window_scores.TILE_TOKENS}
+    compiled = check(kernel, pointers, constants, capability, window_scores.NUM_WARPS)
+    assert MATRIX_INSTRUCTION[capability] in compiled.ptx
+    loads = compiled.load_widths(Path(window_scores.__file__), "return tl.load(rows")
+    assert loads == {128}
 
 
-def check_token_sums(rank, other_rank, rows, dtype, other_dtype, together, capability):
-    tile_rows, tile_tokens = tile_sides(rows, rank, other_rank)
-    constants = {"DIMS": rank, "PADDED": padded(rank), "TYPE": element_type(dtype)}
-    constants |= {"OTHER_DIMS": other_rank, "OTHER_PADDED": padded(max(1, other_rank))}
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("rank", "dtype"),
+    [(64, FP32), (80, BF16), (96, FP32), (128, BF16), (128, FP16), (128, FP32), (256, FP32)],
+)
+def test_row_log_sums(rank, dtype, capability):
+    constants = {"GROUP": 4, "DIMS": rank, "CHUNK": chunk_of(rank, dtype)}
+    constants |= {"TYPE": element_type(dtype), "SHARE": window_scores.TOKENS_PER_PROGRAM}
+    pointers = dict.fromkeys(("queries", "keys"), POINTERS[dtype]) | {"log_sums": "fp32"}
+    check_scores(row_log_sums, pointers, constants, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("rank", "other_rank", "dtype", "other_dtype", "together"),
+    [
+        (64, 64, FP32, FP32, False),
+        (80, 80, BF16, FP32, False),
+        (96, 96, FP16, FP16, False),
+        (128, 16, FP32, FP32, False),
+        (128, 128, BF16, BF16, True),
+        (128, 128, BF16, FP32, False),
+        (128, 0, BF16, BF16, False),
+        (256, 256, FP32, FP32, False),
+        (256, 256, FP32, FP32, True),
+    ],
+)
+def test_token_sums(rank, other_rank, dtype, other_dtype, together, capability):
+    constants = {"DIMS": rank, "CHUNK": chunk_of(rank, dtype), "TYPE": element_type(dtype)}
+    constants |= {"OTHER_DIMS": other_rank, "OTHER_CHUNK": chunk_of(other_rank, other_dtype)}
     constants |= {"OTHER_TYPE": element_type(other_dtype), "TOGETHER": together}
-    constants |= {"ROWS": tile_rows, "TOKENS": tile_tokens}
-    floats = ("log_sums", "other_log_sums", "mass", "moved")
-    types = dict.fromkeys(floats, "fp32")
-    types |= dict.fromkeys(("queries", "keys"), NAMES[str(dtype).removeprefix("torch.")])
-    other = NAMES[str(other_dtype).removeprefix("torch.")]
-    types |= dict.fromkeys(("other_queries", "other_keys"), other)
-    return compile_strided(token_sums, types, constants, capability)
+    pointers = dict.fromkeys(("log_sums", "other_log_sums", "mass", "moved"), "fp32")
+    pointers |= dict.fromkeys(("queries", "keys"), POINTERS[dtype])
+    pointers |= dict.fromkeys(("other_queries", "other_keys"), POINTERS[other_dtype])
+    check_scores(token_sums, pointers, constants, capability)
 
 
-def check_read_back(rank, bits, dtype, capability):
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("rank", [80, 128, 256])
+def test_read_back(rank, bits, capability):
     constants = {"RANK": rank, "PADDED": padded(rank), "BITS": bits}
     constants |= {"STEP": gaussian_step(bits), "TOKENS": tile_vectors(padded(rank))}
-    types = {"read": "fp32", "error": "fp32"}
-    types |= dict.fromkeys(("keys", "values"), NAMES[str(dtype).removeprefix("torch.")])
-    return compile_strided(read_back, types, constants, capability)
+    pointers = dict.fromkeys(("read", "error", "keys", "values"), "fp32")
+    check(read_back, pointers, constants, capability)
 
 
-def check_pack(name, geometry, dtype, capability):
-    shape = PackShape(
-        parse_format(name, geometry), element_type(geometry.dtype), geometry.page_bytes
-    )
-    constants = {"LIST": shape, "FORMAT": 1, "FORMATS": 3}
-    types = {"order": "i64", "lists": "i64", "pages": "u8"}
-    types |= dict.fromkeys(("keys", "values"), NAMES[str(dtype).removeprefix("torch.")])
-    return compile_strided(pack_list_page, types, constants, capability)
-
-
-if __name__ == "__main__":
-    import time
-    import sys
-    def show(what, f, *a):
-        t = time.time()
-        try:
-            c = f(*a)
-            print(what, a, c.registers, c.shared, f"{time.time()-t:.1f}s", flush=True)
-        except AssertionError as e:
-            print(what, a, "FAIL", e, flush=True)
-    b, f = torch.bfloat16, torch.float32
-    for cap in CAPABILITIES:
-        for rank in (64, 80, 96, 128, 256):
-            for d in (b, f):
-                show("rows", check_row_log_sums, rank, 128, d, cap)
-        for rank, other in ((64, 64), (80, 80), (128, 32), (128, 128), (256, 256), (128, 0)):
-            for d in (b, f):
-                show("sums", check_token_sums, rank, other, 128, d, f, False, cap)
-        show("sums", check_token_sums, 128, 128, 128, b, b, True, cap)
-        for rank in (64, 80, 128, 256):
-            for bits in (8, 4, 2):
-                show("read", check_read_back, rank, bits, f, cap)
-        for name in ("r16", "r32i8", "i8", "i4", "i2", "full"):
-            for size in (64, 80, 128, 256):
-                show("pack", check_pack, name, PageGeometry(16, size, b), f, cap)
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_size", "names"),
+    [
+        (64, ("r32i8", "i4")),
+        (80, ("r16", "i8", "i4")),
+        (128, ("r16", "r32i8", "i8", "i4", "i2", "full")),
+        (256, ("i8", "i4", "i2", "full")),
+    ],
+)
+def test_pack(head_size, names, capability):
+    geometry = PageGeometry(16, head_size, BF16)
+    for name in names:
+        fmt = parse_format(name, geometry)
+        shape = PackShape(fmt, element_type(geometry.dtype), geometry.page_bytes)
+        constants = {"LIST": shape, "FORMAT": 1, "FORMATS": 3}
+        pointers = {"order": "i64", "lists": "i64", "pages": "u8", "keys": "fp32", "values": "fp32"}
+        check(pack_list_page, pointers, constants, capability)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mdkv_vllm.calibrate.artifact import (
@@ -47,13 +47,7 @@ def calibrate(
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     token_ids = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f}%"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with _progress("calibrating", console) as progress:
         task = progress.add_task("", total=len(token_ids))
         moments = gather_moments(model, token_ids, lambda n: progress.advance(task, n))
     head_size = moments.keys.shape[-1]
@@ -100,13 +94,7 @@ def head_scores(
     model = EvalModel(model_name, torch.bfloat16, device)
     haystack = Haystack(text, lambda t: len(model.tokenizer(t, add_special_tokens=False).input_ids))
     examples = list(questions(haystack, lengths, per_length))
-    columns = (
-        TextColumn("asking"),
-        BarColumn(),
-        TextColumn("{task.completed} of {task.total}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with _progress("asking", console) as progress:
         task = progress.add_task("", total=len(examples))
         found = measure_head_scores(model, examples, lambda: progress.advance(task))
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -120,6 +108,12 @@ def head_scores(
         f"{found.answered} of {found.asked} questions answered right; {halves} of {len(shares)} "
         f"KV heads hold half of the scores, {most} hold 90 %; written: {out}",
         soft_wrap=True,
+    )
+
+
+def _progress(label: str, console: Console) -> Progress:
+    return Progress(
+        TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     )
 
 

@@ -201,8 +201,8 @@ def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     if not options.methods and not (model.folder / HEADS_FILE).is_file():
         chosen = [name for name in known if name not in NEED_HEAD_SCORES]
         Console(stderr=True).print(
-            f"left out: {', '.join(NEED_HEAD_SCORES)}, which need {model.folder / HEADS_FILE}; make "
-            "it with 'mdkv head-scores' (of a model in a folder)",
+            f"left out: {', '.join(NEED_HEAD_SCORES)}, which need {model.folder / HEADS_FILE}; "
+            "make it with 'mdkv head-scores' (of a model in a folder)",
             soft_wrap=True,
         )
     # Everything else is compared with full attention.

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .addresses import lease_page
 from .codes import load_byte_rows, unpack, unpack_field
-from .softmax import LOWEST, dot, raise_maximum
+from .softmax import LOWEST, absorb, dot, raise_maximum
 
 
 @triton.jit
@@ -132,7 +132,6 @@ def attend_elements(
     CAPACITY: tl.constexpr = LIST.tokens_per_page
     COLUMNS: tl.constexpr = LIST.columns
     RANK: tl.constexpr = LIST.padded_rank
-    TYPE: tl.constexpr = LIST.dot_type
     column = tl.arange(0, COLUMNS)
     dim = tl.arange(0, RANK)
     maximum = tl.full([HEADS], LOWEST, tl.float32)
@@ -155,11 +154,7 @@ def attend_elements(
             other=0,
         )
         scores = dot(query, keys, None) * scale
-        scores = tl.where(exists[None, :], scores, float("-inf"))
-        maximum, factor = raise_maximum(maximum, scores)
-        weight = tl.exp2(scores - maximum[:, None])
-        weights = weights * factor + weight
-        values = dot(weight.to(TYPE), rows, values * factor)
+        maximum, weights, values = absorb(maximum, weights, values, scores, exists, rows)
     return maximum, tl.sum(weights, axis=1), values
 
 
@@ -189,7 +184,6 @@ def attend_slots(
     BLOCK_SIZE: tl.constexpr = SHAPE.block_size
     TOKENS: tl.constexpr = LIST.columns
     RANK: tl.constexpr = LIST.padded_rank
-    TYPE: tl.constexpr = LIST.dot_type
     dim = tl.arange(0, RANK)
     maximum = tl.full([HEADS], LOWEST, tl.float32)
     weights = tl.zeros([HEADS, TOKENS], tl.float32)
@@ -209,9 +203,5 @@ def attend_slots(
         keys = tl.load(slots[:, None] + dim[None, :], mask=mask, other=0)
         rows = tl.load(slots[:, None] + LIST.rank + dim[None, :], mask=mask, other=0)
         scores = dot(query, tl.trans(keys), None) * scale
-        scores = tl.where(exists[None, :], scores, float("-inf"))
-        maximum, factor = raise_maximum(maximum, scores)
-        weight = tl.exp2(scores - maximum[:, None])
-        weights = weights * factor + weight
-        values = dot(weight.to(TYPE), rows, values * factor)
+        maximum, weights, values = absorb(maximum, weights, values, scores, exists, rows)
     return maximum, tl.sum(weights, axis=1), values

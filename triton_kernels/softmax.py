@@ -41,3 +41,21 @@ def raise_maximum(maximum, scores):
     """
     raised = tl.maximum(maximum, tl.max(scores, axis=1))
     return raised, tl.exp2(maximum - raised)[:, None]
+
+
+@triton.jit
+def absorb(maximum, weights, values, scores, exists, rows):
+    """The state after a tile whose values are plain elements.
+
+    Args:
+        maximum: float32 ``[rows]``.
+        weights: float32 ``[rows, tokens]``.
+        values: float32 ``[rows, padded_rank]``.
+        scores: float32 ``[rows, tokens]``.
+        exists: which tokens there are, ``[tokens]``.
+        rows: values of the tile, ``[tokens, padded_rank]``, in the type they are multiplied in.
+    """
+    scores = tl.where(exists[None, :], scores, float("-inf"))
+    maximum, factor = raise_maximum(maximum, scores)
+    weight = tl.exp2(scores - maximum[:, None])
+    return maximum, weights * factor + weight, dot(weight.to(rows.dtype), rows, values * factor)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from mdkv_vllm.core.basis import Basis, hadamard
-from mdkv_vllm.core.formats import PageFormat, Rotation
+from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.packing import unpack_list
-from mdkv_vllm.core.reference import attend, read_page_table, read_prompt_basis
+from mdkv_vllm.core.reference import attend, read_page_table, read_prompt_basis, to_full
 
 
 def mixed_decode(
@@ -92,19 +91,7 @@ def _lease(
             )
             for side, vectors, full in (("keys", low[0], keys), ("values", low[1], values)):
                 directions = getattr(basis, side)[layer, head] if basis else None
-                full.append(vectors.double() @ _decoder(fmt, directions, pages.device))
+                full.append(to_full(vectors, fmt, directions))
         nothing = [torch.empty(0, layout.geometry.head_size, device=pages.device).double()]
         kept.append((torch.cat(keys or nothing), torch.cat(values or nothing)))
     return kept
-
-
-def _decoder(
-    fmt: PageFormat, directions: torch.Tensor | None, device: torch.device
-) -> torch.Tensor:
-    """What brings a format's vectors back: float64 ``[rank, head_size]``."""
-    if fmt.rotation is Rotation.BASIS:
-        assert directions is not None
-        return directions[:, : fmt.rank].double().T.to(device)
-    if fmt.rotation is Rotation.HADAMARD:
-        return hadamard(fmt.rank).double().to(device)
-    return torch.eye(fmt.rank, dtype=torch.float64, device=device)

@@ -23,7 +23,7 @@ from mdkv_vllm.eval.example import AGREEMENT, Example
 from mdkv_vllm.eval.prompt import prompt_text
 from mdkv_vllm.eval.server import Server
 from mdkv_vllm.eval.tasks import SEED, generate
-from mdkv_vllm.eval.text import Haystack, reference_prose
+from mdkv_vllm.eval.text import Haystack, reference_prose, token_counter
 
 SHARED = Path(__file__).with_name("task.yaml")
 TASKS = ("needle_digits", "multikey_1", "variable_tracking", "json_lookup", "followup")
@@ -79,9 +79,7 @@ def write_tasks(
         ValueError: a task, a length or a number that cannot be had; ``long_answer``, whose
             answers are compared with another method's.
     """
-    haystack = Haystack(
-        reference_prose(), lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
-    )
+    haystack = Haystack(reference_prose(), token_counter(tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for task in tasks:

@@ -88,11 +88,11 @@ def head_scores(
     """
     from mdkv_vllm.calibrate.head_scores import measure_head_scores, questions
     from mdkv_vllm.eval.model import EvalModel
-    from mdkv_vllm.eval.text import Haystack, load_text, reference_prose
+    from mdkv_vllm.eval.text import Haystack, load_text, reference_prose, token_counter
 
     text = load_text(texts) if texts else reference_prose()
     model = EvalModel(model_name, torch.bfloat16, device)
-    haystack = Haystack(text, lambda t: len(model.tokenizer(t, add_special_tokens=False).input_ids))
+    haystack = Haystack(text, token_counter(model.tokenizer))
     examples = list(questions(haystack, lengths, per_length))
     with _progress("asking", console) as progress:
         task = progress.add_task("", total=len(examples))

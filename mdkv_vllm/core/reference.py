@@ -54,9 +54,9 @@ def to_full(low: torch.Tensor, fmt: PageFormat, directions: torch.Tensor | None)
     """
     if fmt.rotation is Rotation.BASIS:
         assert directions is not None
-        return low.double() @ directions[:, : fmt.rank].double().T
+        return low.double() @ directions[:, : fmt.rank].double().T.to(low.device)
     if fmt.rotation is Rotation.HADAMARD:
-        return low.double() @ hadamard(fmt.rank).double()
+        return low.double() @ hadamard(fmt.rank).double().to(low.device)
     return low.double()
 
 

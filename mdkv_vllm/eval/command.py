@@ -28,7 +28,7 @@ from mdkv_vllm.eval.report import markdown, plots
 from mdkv_vllm.eval.rows import Row, append_rows, read_rows
 from mdkv_vllm.eval.tasks import TASKS, generate
 from mdkv_vllm.eval.tasks.published import load_published
-from mdkv_vllm.eval.text import Haystack, load_text, reference_prose
+from mdkv_vllm.eval.text import Haystack, load_text, reference_prose, token_counter
 
 QUICK_TASKS = ("needle_digits", "long_answer")
 DEFAULT_BUDGETS = (0.5, 0.27, 0.25, 0.125, 0.0625)
@@ -247,10 +247,7 @@ def _server(options: argparse.Namespace) -> tuple[Any, Measure]:
 
 def _examples(options: argparse.Namespace, text: str, tokenizer: Any) -> list[Example]:  # noqa: ANN401
     """Examples, one of each task and length in turn: a run cut short is balanced."""
-
-    def count(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
+    count = token_counter(tokenizer)
     if options.published:
         files = [load_published(path, count)[: options.limit] for path in options.published]
         return [e for group in zip_longest(*files) for e in group if e is not None]

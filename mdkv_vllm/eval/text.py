@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 TokenCount = Callable[[str], int]
 """Number of tokens of a text, special tokens not included."""
@@ -66,6 +67,11 @@ def sentences(text: str) -> list[str]:
             start = end.end()
         found.append(line[start:])
     return [sentence for sentence in found if sentence]
+
+
+def token_counter(tokenizer: Any) -> TokenCount:  # noqa: ANN401
+    """Counts a string's tokens as they are inside a longer text, without special ones."""
+    return lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class Haystack:

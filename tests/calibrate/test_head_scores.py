@@ -15,7 +15,7 @@ from mdkv_vllm.eval.cache import HeldCache
 from mdkv_vllm.eval.example import score
 from mdkv_vllm.eval.model import EvalModel
 from mdkv_vllm.eval.prompt import prompt_text
-from mdkv_vllm.eval.text import Haystack, reference_prose
+from mdkv_vllm.eval.text import Haystack, reference_prose, token_counter
 from mdkv_vllm.models import prepare_smollm2
 
 
@@ -67,10 +67,8 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def examples(model):
-    def count(text: str) -> int:
-        return len(model.tokenizer(text, add_special_tokens=False).input_ids)
-
-    return list(questions(Haystack(reference_prose(), count), [300], 6))
+    haystack = Haystack(reference_prose(), token_counter(model.tokenizer))
+    return list(questions(haystack, [300], 6))
 
 
 @pytest.mark.model

@@ -4,6 +4,7 @@ import interpreter
 import pytest
 import torch
 from compress_calls import InterpretedKernels
+from lists import assert_nearly_the_same_lists
 
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
@@ -164,22 +165,7 @@ def test_pack(kernels, names, geometry):
     if all(f.bits >= 8 for f in formats.formats):
         assert torch.equal(found, expected)
     else:
-        check_lists(found[2:], expected[2:], formats, choice, geometry)
-
-
-def check_lists(found, expected, formats, choice, geometry):
-    """Equal but for scales that sums in another order move by one step of bfloat16."""
-    first = 0
-    for chosen in choice:
-        for index, fmt in enumerate(formats.formats):
-            count = int((chosen == index).sum())
-            own = slice(first, first + fmt.pages(count))
-            first = own.stop
-            assert count == 0 or (found[own] != expected[own]).float().mean() < 1e-2
-            read, wanted = (unpack_list(x[own], count, fmt, geometry) for x in (found, expected))
-            for ours, theirs in zip(read, wanted, strict=True):
-                assert (ours - theirs).norm() <= 1e-2 * theirs.norm()
-    assert torch.equal(found[first:], expected[first:])
+        assert_nearly_the_same_lists(found[2:], expected[2:], formats, choice, geometry)
 
 
 def test_pack_reads_the_caches_own_type(kernels):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lists import assert_nearly_the_same_lists
 
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
@@ -15,7 +16,6 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
-from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.ops import cpu
 from mdkv_vllm.ops.compress import CpuKernels
@@ -183,27 +183,6 @@ def test_pack(names: tuple[str, ...], geometry: PageGeometry):
         assert torch.equal(found, expected)
         return
     assert_nearly_the_same_lists(found, expected, formats, choice, geometry)
-
-
-def assert_nearly_the_same_lists(
-    found: torch.Tensor,
-    expected: torch.Tensor,
-    formats: FormatSet,
-    choice: torch.Tensor,
-    geometry: PageGeometry,
-) -> None:
-    """Equal but for codes that lie on a threshold, which another order of sums may move."""
-    first = 0
-    for chosen in choice:
-        for index, fmt in enumerate(formats.formats):
-            count = int((chosen == index).sum())
-            own = slice(first, first + fmt.pages(count))
-            first = own.stop
-            assert count == 0 or (found[own] != expected[own]).float().mean() < 1e-2
-            read, wanted = (unpack_list(x[own], count, fmt, geometry) for x in (found, expected))
-            for ours, theirs in zip(read, wanted, strict=True):
-                assert (ours - theirs).norm() <= 1e-2 * theirs.norm() + 1e-6
-    assert torch.equal(found[first:], expected[first:])
 
 
 def compress(

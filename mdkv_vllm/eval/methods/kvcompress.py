@@ -52,16 +52,12 @@ class HeadKV:
         """See :class:`mdkv_vllm.eval.methods.Method`.
 
         Raises:
-            ValueError: the model has no head scores.
+            ValueError: the model has no head scores, or the budget is less than the window.
         """
         sizes = (model.num_layers, model.num_kv_heads)
         config = MixedDimConfig(**HEADKV_BUDGETS)
         heads = load_head_budgets(config, str(model.folder), sizes)
-        if heads is None:
-            raise ValueError(
-                f"{self.name} needs head scores; run 'mdkv head-scores {model.folder}', or choose "
-                "others with --methods"
-            )
+        assert heads is not None  # settings of head budgets without scores were refused
         blocks = -(-prefill.num_tokens // BLOCK_TOKENS)
         least = -(-WINDOW // BLOCK_TOKENS)
         total = int(budget * _all_blocks(prefill))

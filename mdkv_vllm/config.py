@@ -28,6 +28,8 @@ DEFAULT_HEAD_POWER = 0.5
 BLOCK_NAME = "mixeddim"
 """Key of our settings in ``--additional-config``."""
 PRESETS = ("default", "paper")
+KERNELS = ("auto", "cpu", "triton", "cuda")
+PREFILLS = ("auto", "flash", "xformers", "sdpa")
 REQUEST_BUDGET = "mixeddim_budget"
 REQUEST_BUDGET_TOKENS = "mixeddim_budget_tokens"
 REQUEST_FIELDS = (REQUEST_BUDGET, REQUEST_BUDGET_TOKENS)
@@ -81,6 +83,10 @@ class MixedDimConfig:
             treated. Default 0.5.
         loss: ``hybrid``, ``pooled``, ``solo`` or ``paper``.
         min_prompt_tokens: shorter prompts are left alone, from 1.
+        kernels: what compresses and decodes: ``cpu``, ``triton``, ``cuda``, or ``auto`` for what
+            is best on the device.
+        prefill: attention while prompts are prefilled: ``flash``, ``xformers``, ``sdpa``, or
+            ``auto`` for what is best on the device.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.
@@ -97,6 +103,8 @@ class MixedDimConfig:
     head_power: float | None = None
     loss: str = "hybrid"
     min_prompt_tokens: int = 256
+    kernels: str = "auto"
+    prefill: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.enabled, bool):
@@ -110,6 +118,8 @@ class MixedDimConfig:
         _check_int("mixeddim.window", self.window, 1, 1024)
         _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
         _check_choice("mixeddim.loss", self.loss, LOSSES)
+        _check_choice("mixeddim.kernels", self.kernels, KERNELS)
+        _check_choice("mixeddim.prefill", self.prefill, PREFILLS)
         self._check_formats()
         if self.basis is not None and (not isinstance(self.basis, str) or not self.basis):
             raise ConfigError(

@@ -37,11 +37,21 @@ MIN_PAGES = 4
 MIN_PAGES_FULL = 32
 """The same where there are as many; a part then costs little beside its pages."""
 
+PROGRAMS_PER_MULTIPROCESSOR = 8
+
 STAGES = 1
 """Pages in flight per program; other programs on the same multiprocessor cover the latency."""
 
 MERGE_ROWS = 16
 """Splits that the merge reads at a time."""
+
+
+def programs_of(device: torch.device) -> int:
+    """Programs that keep a device busy."""
+    if device.type != "cuda":
+        return 24
+    count = torch.cuda.get_device_properties(device).multi_processor_count
+    return PROGRAMS_PER_MULTIPROCESSOR * count
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,7 @@ class SplitPlan:
         Args:
             queries: queries in the batch, padding included.
             kv_heads: KV heads per layer.
-            programs: programs that keep the device busy: some eight per multiprocessor.
+            programs: programs that keep the device busy, see :func:`programs_of`.
         """
         wanted = -(-programs // (queries * kv_heads))
         splits = min(max(1 << (wanted - 1).bit_length(), MIN_SPLITS), MAX_SPLITS)

@@ -8,6 +8,7 @@ import torch
 
 from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
+from mdkv_vllm.core.kernels import CompressionKernels
 from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.ops.cpu import format_table  # its import also registers the operators
 
@@ -69,3 +70,12 @@ class CpuKernels:
             pages,
             geometry.dtype,
         )
+
+
+def compression_kernels(kernels: str) -> CompressionKernels:
+    """Make the compression kernels of that name, as :func:`mdkv_vllm.ops.decode.kernels_for`."""
+    if kernels == "cpu":
+        return CpuKernels()
+    from mdkv_vllm.triton_kernels.compress import TritonKernels
+
+    return TritonKernels()

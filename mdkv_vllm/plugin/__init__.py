@@ -35,15 +35,17 @@ def platform() -> str | None:
     """Entry point of ``vllm.platform_plugins``.
 
     Returns:
-        The class of our platform where vLLM would choose the built-in CPU platform, else
-        None.
+        The class of our platform where vLLM would choose its built-in CUDA or CPU platform,
+        else None.
     """
     from mdkv_vllm.plugin.registration import is_supported_vllm
 
     if not is_supported_vllm():
         return None
-    from vllm.platforms import cpu_platform_plugin
+    from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
-    if cpu_platform_plugin() is None:
-        return None
-    return "mdkv_vllm.plugin.platform.MixedDimCpuPlatform"
+    if cuda_platform_plugin() is not None:
+        return "mdkv_vllm.plugin.cuda_platform.MixedDimCudaPlatform"
+    if cpu_platform_plugin() is not None:
+        return "mdkv_vllm.plugin.cpu_platform.MixedDimCpuPlatform"
+    return None

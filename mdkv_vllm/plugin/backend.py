@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -16,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from mdkv_vllm.config import ConfigError, MixedDimConfig
-from mdkv_vllm.ops.cpu import store_kv
+from mdkv_vllm.plugin.arena import store_tokens
 from mdkv_vllm.plugin.metadata import MixedDimMetadata
 from mdkv_vllm.plugin.registration import BACKEND_NAME
 from mdkv_vllm.plugin.runtime import current_runtime
@@ -24,6 +25,10 @@ from mdkv_vllm.plugin.runtime import current_runtime
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.config.cache import CacheDType
+    from vllm.platforms.interface import DeviceCapability
+
+MIN_CAPABILITY = 75
+"""The oldest GPUs that the kernels are compiled for (T4)."""
 
 
 class MixedDimBackend(AttentionBackend):
@@ -55,9 +60,9 @@ class MixedDimBackend(AttentionBackend):
         return False
 
     @classmethod
-    def supports_compute_capability(cls, capability: object) -> bool:
-        """No GPU yet; a CPU has no capability."""
-        return capability is None
+    def supports_compute_capability(cls, capability: DeviceCapability | None) -> bool:
+        """GPUs that the kernels are compiled for; a CPU has no capability."""
+        return capability is None or capability.to_int() >= MIN_CAPABILITY
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -102,7 +107,15 @@ class MixedDimBackend(AttentionBackend):
 
 
 class MixedDimMetadataBuilder(AttentionMetadataBuilder[MixedDimMetadata]):
-    """Turns vLLM's batch into prefills, decodes and prompts to compress."""
+    """Turns vLLM's batch into prefills, decodes and prompts to compress.
+
+    Steps of single tokens can be replayed from CUDA graphs: their grids follow from shapes alone
+    and their numbers lie in buffers that stay.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
 
     def __init__(
         self,
@@ -120,12 +133,7 @@ class MixedDimMetadataBuilder(AttentionMetadataBuilder[MixedDimMetadata]):
         fast_build: bool = False,
     ) -> MixedDimMetadata:
         """Build one step's metadata, shared by all layers."""
-        batch = common_attn_metadata
-        return current_runtime().begin_step(
-            batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist(),
-            batch.seq_lens[: batch.num_reqs].tolist(),
-            batch.block_table_tensor,
-        )
+        return current_runtime().begin_step(common_attn_metadata)
 
 
 class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
@@ -169,7 +177,7 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Write new keys and values, ``[tokens, kv_heads, head_size]``, at full dimension."""
-        store_kv(key, value, kv_cache, slot_mapping)
+        store_tokens(layer, key, value, kv_cache, slot_mapping, self.kv_cache_dtype)
 
     def forward(
         self,
@@ -202,10 +210,9 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
             return output
         runtime = current_runtime()
         layer_index = runtime.layer_of(kv_cache)
-        for prefill in attn_metadata.prefills:
-            prefill.attend(query, key, value, kv_cache, self.scale, output)
+        if attn_metadata.prefill is not None:
+            attn_metadata.prefill.attend(query, key, value, kv_cache, self.scale, output)
         for capture in attn_metadata.captures:
             capture.copy(layer_index, query)
-        if attn_metadata.decode is not None:
-            runtime.decode(layer_index, query, attn_metadata, output)
+        runtime.decode(layer_index, query, attn_metadata, output)
         return output

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from mdkv_vllm.plugin.prefill import Prefill
+from mdkv_vllm.plugin.prefill import PrefillStep
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Decode:
     Attributes:
         tokens: int64 ``[queries]`` positions in the batch's query tensor, or a slice.
         rows: int32 ``[queries]`` block-table row of each.
-        lengths: int32 ``[queries]`` keys each may see.
+        lengths: int32 ``[queries]`` keys each may see; 0 for padding.
         leases: int32 ``[rows, 2]`` first lease block and tail block; 0, 0 for none.
         block_table: int32 ``[rows, max_blocks]``.
     """
@@ -55,11 +56,47 @@ class MixedDimMetadata:
     """What every layer does in one step.
 
     Attributes:
-        prefills: chunks of prompts.
+        prefill: chunks of prompts, None if there are none.
         decode: everything else, None if there is nothing else.
         captures: window queries to keep.
+        recent: first queries of the batch that are kept in any case, because the step may be
+            replayed from a CUDA graph, which runs no :class:`Capture`.
     """
 
-    prefills: list[Prefill] = field(default_factory=list)
+    prefill: PrefillStep | None = None
     decode: Decode | None = None
     captures: list[Capture] = field(default_factory=list)
+    recent: int = 0
+
+
+class StepBuffers:
+    """Tensors on the device that every step's numbers are copied into.
+
+    A CUDA graph holds their addresses, so they are made once. Copies from pinned memory do not
+    wait for the device.
+
+    Args:
+        max_tokens: query tokens of a step at most.
+        max_requests: rows of a step at most.
+        device: where the cache is.
+    """
+
+    def __init__(self, max_tokens: int, max_requests: int, device: torch.device) -> None:
+        self._rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self._lengths = torch.zeros_like(self._rows)
+        self._leases = torch.zeros(max_requests, 2, dtype=torch.int32, device=device)
+        self._pinned = device.type == "cuda"
+
+    def load(
+        self, rows: Sequence[int], lengths: Sequence[int], leases: Sequence[tuple[int, int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Copy a step's numbers: int32 ``[queries]``, ``[queries]`` and ``[rows, 2]``."""
+        loaded = []
+        for buffer, numbers in (
+            (self._rows, rows),
+            (self._lengths, lengths),
+            (self._leases, leases),
+        ):
+            host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self._pinned)
+            loaded.append(buffer[: len(numbers)].copy_(host, non_blocking=True))
+        return loaded[0], loaded[1], loaded[2]

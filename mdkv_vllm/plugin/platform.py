@@ -1,11 +1,8 @@
-"""vLLM's CPU platform, taught to accept the backend; unchanged where it is not asked for."""
+"""What our platforms add to vLLM's own; unchanged where the backend is not asked for."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, ClassVar
-
-from vllm.platforms.cpu import CpuPlatform
 
 from mdkv_vllm.config import ConfigError, MixedDimConfig
 from mdkv_vllm.plugin.registration import (
@@ -17,6 +14,9 @@ from mdkv_vllm.plugin.registration import (
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.platforms.interface import Platform
+else:
+    Platform = object
 
 # The engine's configuration crosses process borders pickled, before general plugins are
 # loaded; unpickling needs the enum member to exist already.
@@ -26,9 +26,10 @@ DEFAULT_BLOCK_SIZE = 16
 """Pages are the unit of freeing; vLLM's CPU default of 128 tokens is too coarse for lists."""
 
 
-class MixedDimCpuPlatform(CpuPlatform):
-    """The CPU platform plus ``--attention-backend mixeddim``."""
+class MixedDimPlatform(Platform):
+    """Any platform of vLLM's plus ``--attention-backend mixeddim``."""
 
+    worker_class: ClassVar[str]
     _request_config: ClassVar[MixedDimConfig | None] = None
 
     @classmethod
@@ -39,7 +40,7 @@ class MixedDimCpuPlatform(CpuPlatform):
         from mdkv_vllm.plugin.backend import MixedDimBackend
 
         reasons = MixedDimBackend.validate_configuration(
-            **attn_selector_config._asdict(), device_capability=None
+            **attn_selector_config._asdict(), device_capability=cls.get_device_capability()
         )
         if reasons:
             raise ConfigError(f"--attention-backend mixeddim cannot run here: {'; '.join(reasons)}")
@@ -47,7 +48,7 @@ class MixedDimCpuPlatform(CpuPlatform):
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Check the settings and choose block size, model runner and worker."""
+        """Check the settings and choose block size and worker."""
         if not mixeddim_selected(vllm_config):
             if isinstance(vllm_config.additional_config, dict) and (
                 "mixeddim" in vllm_config.additional_config
@@ -61,16 +62,11 @@ class MixedDimCpuPlatform(CpuPlatform):
         from mdkv_vllm.plugin.supported import refuse_unsupported
 
         cls._request_config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
-        refuse_unsupported(vllm_config)
-        if os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "0") == "1":
-            raise ConfigError(
-                "VLLM_USE_V2_MODEL_RUNNER=1: mixeddim on CPU runs on model runner V1; unset it"
-            )
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+        refuse_unsupported(vllm_config, cls.device_type)
         super().check_and_update_config(vllm_config)
         if not vllm_config.cache_config.user_specified_block_size:
             vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
-        vllm_config.parallel_config.worker_cls = "mdkv_vllm.plugin.worker.MixedDimCPUWorker"
+        vllm_config.parallel_config.worker_cls = cls.worker_class
 
     @classmethod
     def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.plan import LeasePlan
-from mdkv_vllm.ops import cpu
-from mdkv_vllm.ops.compress import CpuKernels
-from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata
-from mdkv_vllm.plugin.prefill import Prefill
-from mdkv_vllm.plugin.rows import BatchRows, Row
+from mdkv_vllm.ops.decode import DecodeKernel
+from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, StepBuffers
+from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention
+from mdkv_vllm.plugin.reports import CompressionRecord, Stopwatch, Totals
+from mdkv_vllm.plugin.rows import BatchOrder, Request
 from mdkv_vllm.policy import Policy
-
-_RECENT = 64
-"""Compressions remembered for reports."""
 
 
 @dataclass
 class _Prompt:
     """A prompt on its way to compression, or compressed."""
 
-    row: Row
+    request: Request
     plan: LeasePlan | None
     window: torch.Tensor | None = None
 
@@ -40,43 +38,27 @@ class _Pending:
 
 
 @dataclass(frozen=True)
-class CompressionReport:
-    """What one compression did.
+class _RecentQuery:
+    """A window query that the last step left among its recent ones."""
+
+    prompt: _Prompt
+    at: int
+    token: int
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """How large a step may be.
 
     Attributes:
-        request_id: vLLM's id.
-        prompt_tokens: length of the prompt.
-        full_blocks: blocks the prompt held before.
-        kept_blocks: blocks it holds after (lease and full-dimension tail).
-        kept_share: bytes kept over full bytes.
-        tokens: per format, tokens kept over all layers and heads, dropped ones included.
-        seconds: how long it took.
+        tokens: query tokens.
+        requests: rows.
+        graph_tokens: the largest batch that a CUDA graph holds; 0 without graphs.
     """
 
-    request_id: str
-    prompt_tokens: int
-    full_blocks: int
-    kept_blocks: int
-    kept_share: float
-    tokens: dict[str, int]
-    seconds: float
-
-
-@dataclass
-class Totals:
-    """Running totals since start-up."""
-
-    prompts: int = 0
-    blocks_returned: int = 0
-    seconds: float = 0.0
-    recent: list[CompressionReport] = field(default_factory=list)
-
-    def add(self, report: CompressionReport) -> None:
-        """Count one compression."""
-        self.prompts += 1
-        self.blocks_returned += report.full_blocks - report.kept_blocks
-        self.seconds += report.seconds
-        self.recent = [*self.recent[-_RECENT + 1 :], report]
+    tokens: int
+    requests: int
+    graph_tokens: int
 
 
 class Runtime:
@@ -84,119 +66,166 @@ class Runtime:
 
     Args:
         policy: the settings applied to the model.
-        basis: calibrated basis, None where none is needed.
-        heads: how heads share a lease's pages; None for evenly by layer.
+        compressor: compresses prompts.
+        decode: the decode kernel over ``arena``.
+        prefill: attention of prompts.
         arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         num_query_heads: query heads per layer on this rank.
-        scale: factor of the attention scores, the same in every layer.
-        batch: reads the running batch.
+        query_dtype: their type.
+        limits: the largest step.
+        order: reads the running batch.
     """
 
     def __init__(
         self,
         policy: Policy,
-        basis: Basis | None,
-        heads: HeadBudgets | None,
+        compressor: Compressor,
+        decode: DecodeKernel,
+        prefill: PrefillAttention,
         arena: torch.Tensor,
         num_query_heads: int,
-        scale: float,
-        batch: BatchRows,
+        query_dtype: torch.dtype,
+        limits: StepLimits,
+        order: BatchOrder,
     ) -> None:
         self.policy = policy
         self.arena = arena
         self.totals = Totals()
-        self._scale = scale
-        self._num_query_heads = num_query_heads
-        self._batch = batch
+        self._compressor = compressor
+        self._decode = decode
+        self._prefill = prefill
+        self._order = order
+        self._buffers = StepBuffers(limits.tokens, limits.requests, arena.device)
+        self._window_shape = (
+            policy.num_layers,
+            num_query_heads,
+            policy.config.window,
+            policy.geometry.head_size,
+        )
+        # A step of single tokens may be replayed from a CUDA graph, and one of them may be the
+        # end of a prompt. The graph keeps every query; the window's are taken from there.
+        self._recent = torch.zeros(
+            policy.num_layers,
+            limits.graph_tokens,
+            num_query_heads,
+            policy.geometry.head_size,
+            dtype=query_dtype,
+            device=arena.device,
+        )
+        self._from_recent: list[_RecentQuery] = []
         self._prompts: dict[str, _Prompt] = {}
         self._pending: list[_Pending] = []
-        self._compressor = Compressor(
-            policy.layout, policy.config.loss, scale, basis, heads, CpuKernels()
-        )
-        self._tables = cpu.DecodeTables.build(policy.layout, basis)
+        self._records: list[CompressionRecord] = []
+        self._stepping = False
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:
         """Index of a layer from its view of the cache."""
         offset = kv_cache.storage_offset() - self.arena.storage_offset()
         return offset // (self.policy.num_kv_heads * self.arena.stride(1))
 
-    def begin_step(
-        self, query_starts: list[int], lengths: list[int], block_table: torch.Tensor
-    ) -> MixedDimMetadata:
-        """Sort a step's requests into prefills and decodes, and note prompts that end in it.
+    @contextmanager
+    def step(
+        self, finished: set[str], preempted: set[str], new: Iterable[Request]
+    ) -> Iterator[None]:
+        """Around one step of the model; what runs outside of any is a rehearsal of vLLM's.
+
+        Compresses the prompts that ended in the last step, one after the other: the first token
+        does not wait, and a request that ends with it costs nothing. The scheduler may already
+        have given freed blocks away, but nobody writes them before this step's forward pass.
 
         Args:
-            query_starts: first query token of each request, and the end: ``[requests + 1]``.
-            lengths: tokens of each request once the step is done.
-            block_table: int32 ``[requests or more, max_blocks]``.
+            finished: ids of requests that ended since the last step.
+            preempted: ids of requests that lost all their blocks since.
+            new: requests that this step brings.
         """
+        self._end_prompts(finished, preempted)
+        for request in new:
+            plan = None
+            if request.compressible:
+                plan = self.policy.plan(request.prompt_tokens, request.budget)
+            self._prompts[request.request_id] = _Prompt(request, plan)
+        self._stepping = True
+        try:
+            yield
+        finally:
+            self._stepping = False
+
+    def begin_step(self, batch: CommonAttentionMetadata) -> MixedDimMetadata:
+        """Sort a step's requests into prefills and decodes, and note prompts that end in it."""
+        starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
+        assert batch.seq_lens_cpu_upper_bound is not None
+        lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()
+        ids = self._order.request_ids(batch)[: batch.num_reqs] if self._stepping else []
+        single = batch.max_query_len == 1
         metadata = MixedDimMetadata()
+        if single and batch.num_actual_tokens <= self._recent.shape[1]:
+            metadata.recent = batch.num_actual_tokens
+        chunks: list[Chunk] = []
         tokens: list[int] = []
         token_rows: list[int] = []
         token_lengths: list[int] = []
-        leases = torch.zeros(len(lengths), 2, dtype=torch.int32)
-        for index, (row, length) in enumerate(zip(self._batch.rows(), lengths, strict=False)):
-            start, stop = query_starts[index], query_starts[index + 1]
+        leases = [(0, 0)] * batch.num_reqs
+        for row, request_id in enumerate(ids):
+            prompt = self._prompts[request_id]
+            start, stop, length = starts[row], starts[row + 1], lengths[row]
             context = length - (stop - start)
-            prompt = self._prompt(row)
-            leased = prompt.plan is not None and context >= row.prompt_tokens
+            plan = prompt.plan
+            leased = plan is not None and context >= plan.prompt_tokens
             if leased:
-                assert prompt.plan is not None
-                leases[index, 0] = prompt.plan.first_lease_block
-                leases[index, 1] = prompt.plan.tail_block
-            elif prompt.plan is not None:
-                self._note_prompt(prompt, metadata, start, context, length, block_table[index])
+                assert plan is not None
+                leases[row] = (plan.first_lease_block, plan.tail_block)
+            elif plan is not None:
+                self._note_prompt(prompt, plan, metadata, start, context, length)
+                if length >= plan.prompt_tokens:
+                    needed = -(-plan.prompt_tokens // plan.block_size)
+                    blocks = batch.block_table_tensor[row, :needed].clone()
+                    self._pending.append(_Pending(prompt, blocks))
             if leased or stop - start == 1:
                 tokens += range(start, stop)
-                token_rows += [index] * (stop - start)
+                token_rows += [row] * (stop - start)
                 token_lengths += range(context + 1, length + 1)
             else:
-                blocks = -(-context // self.policy.geometry.block_size)
-                metadata.prefills.append(Prefill(start, stop, context, block_table[index, :blocks]))
+                chunks.append(Chunk(start, stop, context, row))
+        if single:
+            # Rows that pad a CUDA graph's batch have no request, and see nothing.
+            padding = batch.num_actual_tokens - len(tokens)
+            tokens = list(range(batch.num_actual_tokens))
+            token_rows += [0] * padding
+            token_lengths += [0] * padding
         if tokens:
             contiguous = tokens[-1] - tokens[0] + 1 == len(tokens)
-            metadata.decode = Decode(
-                slice(tokens[0], tokens[-1] + 1) if contiguous else torch.tensor(tokens),
-                torch.tensor(token_rows, dtype=torch.int32),
-                torch.tensor(token_lengths, dtype=torch.int32),
-                leases,
-                block_table,
-            )
+            where = slice(tokens[0], tokens[-1] + 1) if contiguous else self._on_device(tokens)
+            loaded = self._buffers.load(token_rows, token_lengths, leases)
+            metadata.decode = Decode(where, *loaded, batch.block_table_tensor)
+        if chunks:
+            metadata.prefill = self._prefill.prepare(chunks, batch.block_table_tensor)
         return metadata
 
-    def _prompt(self, row: Row) -> _Prompt:
-        prompt = self._prompts.get(row.request_id)
-        if prompt is None:
-            plan = self.policy.plan(row.prompt_tokens, row.budget) if row.compressible else None
-            prompt = self._prompts[row.request_id] = _Prompt(row, plan)
-        return prompt
+    def _on_device(self, tokens: list[int]) -> torch.Tensor:
+        host = torch.tensor(tokens, pin_memory=self.arena.device.type == "cuda")
+        return host.to(self.arena.device, non_blocking=True)
 
     def _note_prompt(
         self,
         prompt: _Prompt,
+        plan: LeasePlan,
         metadata: MixedDimMetadata,
         start: int,
         context: int,
         length: int,
-        blocks: torch.Tensor,
     ) -> None:
-        """Capture window queries that this chunk holds; queue the prompt if it ends here."""
-        assert prompt.plan is not None
-        end, window = prompt.plan.prompt_tokens, self.policy.config.window
+        """Capture the window queries that a chunk holds."""
+        end, window = plan.prompt_tokens, self.policy.config.window
         first, last = max(context, end - window), min(length, end)
-        if first < last:
-            if prompt.window is None:
-                layout = self.policy.layout
-                prompt.window = torch.zeros(
-                    layout.num_layers, self._num_query_heads, window, layout.geometry.head_size
-                )
-            at = first - (end - window)
-            metadata.captures.append(
-                Capture(prompt.window, at, start + first - context, last - first)
-            )
-        if length >= end:
-            needed = -(-end // self.policy.geometry.block_size)
-            self._pending.append(_Pending(prompt, blocks[:needed].clone()))
+        if first >= last:
+            return
+        if prompt.window is None:
+            prompt.window = torch.zeros(self._window_shape, device=self.arena.device)
+        at, token = first - (end - window), start + first - context
+        if metadata.recent:
+            self._from_recent.append(_RecentQuery(prompt, at, token))
+        else:
+            metadata.captures.append(Capture(prompt.window, at, token, last - first))
 
     def decode(
         self,
@@ -206,51 +235,42 @@ class Runtime:
         output: torch.Tensor,
     ) -> None:
         """Attend with the mixed decode kernel; shapes as in vLLM's forward."""
+        if metadata.recent:
+            self._recent[layer, : metadata.recent].copy_(query[: metadata.recent])
         decode = metadata.decode
-        assert decode is not None
-        contiguous = isinstance(decode.tokens, slice)
-        result = output[decode.tokens] if contiguous else torch.empty_like(query[decode.tokens])
-        cpu.mixed_decode(
-            query[decode.tokens],
-            self.arena,
-            layer,
-            self._tables,
-            decode.block_table,
-            decode.rows,
-            decode.lengths,
-            decode.leases,
-            self._scale,
-            result,
+        if decode is None:
+            return
+        in_place = isinstance(decode.tokens, slice)
+        rows = query[decode.tokens]
+        result = output[decode.tokens] if in_place else torch.empty_like(rows)
+        self._decode.attend(
+            rows, layer, decode.block_table, decode.rows, decode.lengths, decode.leases, result
         )
-        if not contiguous:
+        if not in_place:
             output[decode.tokens] = result
 
-    def compress_ended(self, finished: set[str], preempted: set[str]) -> None:
-        """Compress the prompts that ended in the last step, one after the other.
-
-        Called before the next step runs, so the first token does not wait and a request that
-        ends with it costs nothing. The scheduler may already have given freed blocks away, but
-        nobody writes them before that step's forward pass.
-
-        Args:
-            finished: ids of requests that ended since.
-            preempted: ids of requests that lost all their blocks since.
-        """
+    def _end_prompts(self, finished: set[str], preempted: set[str]) -> None:
+        """Compress the prompts that ended in the last step, and forget what is gone."""
+        for query in self._from_recent:
+            if query.prompt.window is not None:
+                query.prompt.window[:, :, query.at] = self._recent[:, query.token]
+        self._from_recent = []
         gone = finished | preempted
         for pending in self._pending:
-            if pending.prompt.row.request_id not in gone:
+            if pending.prompt.request.request_id not in gone:
                 self._compress(pending)
         self._pending = []
         for request_id in finished:
             self._prompts.pop(request_id, None)
         for request_id in preempted & self._prompts.keys():
             self._prompts[request_id].window = None
+        self.read_records(wait=False)
 
     def _compress(self, pending: _Pending) -> None:
-        started = time.perf_counter()
         prompt, plan = pending.prompt, pending.prompt.plan
         assert plan is not None
         assert prompt.window is not None
+        watch = Stopwatch(self.arena.device)
         result = self._compressor.compress(
             lambda layer: self._load_layer(layer, pending.blocks, plan.prompt_tokens),
             prompt.window,
@@ -260,7 +280,9 @@ class Runtime:
         target = self.arena.view(torch.uint8).flatten(1)
         target[lease] = result.pages.view(plan.num_lease_blocks, -1)
         prompt.window = None
-        self._report(prompt.row, plan, result.tokens, time.perf_counter() - started)
+        self._records.append(
+            CompressionRecord(prompt.request.request_id, plan, result.tokens, watch)
+        )
 
     def _load_layer(
         self, layer: int, blocks: torch.Tensor, num_tokens: int
@@ -268,27 +290,16 @@ class Runtime:
         """Keys and values of a prompt's layer, float32 ``[kv_heads, tokens, head_size]``."""
         heads = self.policy.num_kv_heads
         view = self.arena[:, layer * heads : (layer + 1) * heads]
-        keys, values = torch.empty(2, heads, num_tokens, self.policy.geometry.head_size)
-        cpu.load_kv(view, blocks, num_tokens, keys, values)
-        return keys, values
+        return load_tokens(view, blocks, num_tokens, torch.float32)
 
-    def _report(self, row: Row, plan: LeasePlan, tokens: torch.Tensor, seconds: float) -> None:
-        names = [f.name for f in self.policy.layout.formats.formats]
-        per_format = dict(zip(names, tokens.sum((0, 1)).tolist(), strict=True))
-        total = plan.span_tokens * self.policy.layout.pages_per_block
-        per_format["drop"] = total - sum(per_format.values())
-        full = -(-plan.prompt_tokens // plan.block_size)
-        self.totals.add(
-            CompressionReport(
-                row.request_id,
-                plan.prompt_tokens,
-                full,
-                full - plan.first_lease_block,
-                plan.kept_share,
-                per_format,
-                seconds,
-            )
-        )
+    def read_records(self, wait: bool) -> None:
+        """Count the compressions that the device has done.
+
+        Args:
+            wait: wait for those that it has not.
+        """
+        while self._records and (wait or self._records[0].finished):
+            self.totals.add(self._records.pop(0).read(self.policy.layout))
 
 
 _current: Runtime | None = None

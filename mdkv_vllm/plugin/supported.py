@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 
 from mdkv_vllm.config import ConfigError
 
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
+"""What the GPU kernels are compiled for and checked with."""
 
-def refuse_unsupported(vllm_config: VllmConfig) -> None:
+
+def refuse_unsupported(vllm_config: VllmConfig, device_type: str) -> None:
     """Raise if the server asks for something that leases cannot carry yet.
+
+    Args:
+        vllm_config: what the server asks for.
+        device_type: ``cpu`` or ``cuda``.
 
     Raises:
         ConfigError: naming every offending flag.
@@ -39,7 +48,29 @@ def refuse_unsupported(vllm_config: VllmConfig) -> None:
         problems.append("KV connectors (--kv-transfer-config)")
     if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         problems.append(f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, float16, bfloat16)")
+    if device_type == "cuda":
+        problems += _not_on_gpus(vllm_config)
+    if parallel.enable_dbo:
+        problems.append("dual batch overlap (--enable-dbo)")
     if vllm_config.attention_config.backend_per_kind:
         problems.append("--attention-config backend_per_kind")
     if problems:
         raise ConfigError("--attention-backend mixeddim does not support " + "; ".join(problems))
+
+
+def _not_on_gpus(vllm_config: VllmConfig) -> list[str]:
+    """What runs on CPUs only."""
+    model, cache_type = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    if model is None:
+        return []
+    problems = []
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        problems.append(f"--dtype {model.dtype} on GPUs (allowed: float16, bfloat16)")
+    if cache_type != "auto" and STR_DTYPE_TO_TORCH_DTYPE.get(cache_type) != model.dtype:
+        problems.append(
+            f"--kv-cache-dtype {cache_type} beside --dtype {model.dtype} on GPUs (allowed: auto)"
+        )
+    if not model.use_mla and model.get_head_size() not in GPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, GPU_HEAD_SIZES))
+        problems.append(f"heads of {model.get_head_size()} dimensions on GPUs (allowed: {sizes})")
+    return problems

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head_scores
 from mdkv_vllm.config import HEADS_FILE
-from mdkv_vllm.plugin.worker import heads_of_rank
+from mdkv_vllm.plugin.artifacts import heads_of_rank
 
 pytestmark = pytest.mark.server
 

@@ -7,35 +7,37 @@ scratch blocks of that layout; the copy is linear in tokens where attention is q
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from vllm import _custom_ops as vllm_ops
 
-from mdkv_vllm.ops.cpu import load_kv
+from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.compat import attention_isa
+from mdkv_vllm.plugin.prefill import Chunk
 
 SCRATCH_BLOCK = 128
 """Tokens per scratch block, the stock backend's own block size."""
 
 
-@dataclass
-class Prefill:
-    """Prompt tokens of one request, attending to their context and to each other.
+class CpuPrefill:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`, one request after the other."""
+
+    def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> CpuStep:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        return CpuStep([_ScratchChunk(chunk, block_table[chunk.row]) for chunk in chunks])
+
+
+@dataclass(frozen=True)
+class CpuStep:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
 
     Attributes:
-        start: first query token in the batch.
-        stop: one past the last.
-        context_tokens: tokens already in the cache before them.
-        context_blocks: int32 block ids that hold the context.
-        schedule: the kernel's plan for these lengths, made once for all layers.
+        chunks: the step's chunks.
     """
 
-    start: int
-    stop: int
-    context_tokens: int
-    context_blocks: torch.Tensor
-    schedule: torch.Tensor | None = None
+    chunks: list[_ScratchChunk]
 
     def attend(
         self,
@@ -46,22 +48,36 @@ class Prefill:
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """Causal attention of the chunk to its context and itself, in one layer.
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        for chunk in self.chunks:
+            chunk.attend(query, key, value, kv_cache, scale, output)
+
+
+@dataclass
+class _ScratchChunk:
+    """One request's chunk, its blocks, and the kernel's plan for its lengths, made once."""
+
+    chunk: Chunk
+    blocks: torch.Tensor
+    schedule: torch.Tensor | None = field(default=None)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`.
 
         The chunk's own keys and values are first rounded to the cache's type: what a token
         sees must not depend on how its prompt was cut into chunks.
-
-        Args:
-            query: ``[tokens, query_heads, head_size]``, the whole batch.
-            key: ``[tokens, kv_heads, head_size]``.
-            value: ``[tokens, kv_heads, head_size]``.
-            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]`` view of the layer.
-            scale: factor of the scores.
-            output: like ``query``; the chunk's rows are written.
         """
-        chunk = slice(self.start, self.stop)
+        rows = slice(self.chunk.start, self.chunk.stop)
+        context, total = self.chunk.context, self.chunk.total
         heads, head_size = key.shape[1:]
-        total = self.context_tokens + self.stop - self.start
         num_blocks = -(-total // SCRATCH_BLOCK)
         scratch = query.new_empty(num_blocks, heads, 2 * SCRATCH_BLOCK, head_size)
         # The kernel computes on whole blocks before it masks: no NaN may lie beyond the end.
@@ -69,19 +85,18 @@ class Prefill:
         key_cache, value_cache = scratch.chunk(2, dim=2)
         isa = attention_isa(query.dtype, SCRATCH_BLOCK, head_size)
         slots = torch.arange(total)
-        parts = [(key[chunk], value[chunk], slots[self.context_tokens :])]
+        parts = [(key[rows], value[rows], slots[context:])]
         if kv_cache.dtype != query.dtype:
             rounded = (x.to(kv_cache.dtype).to(query.dtype) for x in parts[0][:2])
-            parts = [(*rounded, slots[self.context_tokens :])]
-        if self.context_tokens:
-            context = torch.empty(2, heads, self.context_tokens, head_size, dtype=query.dtype)
-            load_kv(kv_cache, self.context_blocks, self.context_tokens, context[0], context[1])
-            rows = context.transpose(1, 2).contiguous()
-            parts.append((rows[0], rows[1], slots[: self.context_tokens]))
+            parts = [(*rounded, slots[context:])]
+        if context:
+            loaded = load_tokens(kv_cache, self.blocks, context, query.dtype)
+            keys, values = (x.transpose(0, 1).contiguous() for x in loaded)
+            parts.append((keys, values, slots[:context]))
         for keys, values, where in parts:
             vllm_ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, where, isa)
         lengths = torch.tensor([total], dtype=torch.int32)
-        starts = torch.tensor([0, self.stop - self.start], dtype=torch.int32)
+        starts = torch.tensor([0, self.chunk.tokens], dtype=torch.int32)
         if self.schedule is None:
             self.schedule = vllm_ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=1,
@@ -97,10 +112,10 @@ class Prefill:
                 enable_kv_split=True,
             )
         vllm_ops.cpu_attention_with_kv_cache(
-            query=query[chunk],
+            query=query[rows],
             key_cache=key_cache,
             value_cache=value_cache,
-            output=output[chunk],
+            output=output[rows],
             query_start_loc=starts,
             seq_lens=lengths,
             scale=scale,

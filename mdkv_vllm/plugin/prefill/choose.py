@@ -1,0 +1,97 @@
+"""Which prefill attention a server gets, decided at start-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from mdkv_vllm.config import ConfigError
+from mdkv_vllm.plugin.prefill import PrefillAttention
+
+Reason = str | None
+"""Why an implementation cannot be had, None where it can."""
+
+
+def choose_prefill(
+    asked: str, device: torch.device, dtype: torch.dtype, head_size: int
+) -> tuple[str, PrefillAttention]:
+    """The setting ``prefill`` on a device: its name in words, and the implementation.
+
+    Args:
+        asked: ``auto``, ``flash``, ``xformers`` or ``sdpa``.
+        device: where the model runs.
+        dtype: type of the queries.
+        head_size: dimensions of a head.
+
+    Raises:
+        ConfigError: what is asked for cannot be had here.
+    """
+    if device.type == "cpu":
+        return _choose_on_cpu(asked)
+    makers: dict[str, tuple[Callable[..., Reason], Callable[[], PrefillAttention]]] = {
+        "flash": (_no_flash, _flash),
+        "xformers": (_no_xformers, _xformers),
+        "sdpa": (lambda *_: None, _sdpa),
+    }
+    reasons = {name: missing(dtype, head_size) for name, (missing, _) in makers.items()}
+    if asked != "auto" and reasons[asked]:
+        allowed = ", ".join(["auto", *(name for name, reason in reasons.items() if not reason)])
+        raise ConfigError(
+            f"mixeddim.prefill is {asked!r}, but {reasons[asked]}; allowed here: {allowed}"
+        )
+    name = asked if asked != "auto" else next(n for n, reason in reasons.items() if not reason)
+    return name, makers[name][1]()
+
+
+def _choose_on_cpu(asked: str) -> tuple[str, PrefillAttention]:
+    if asked == "sdpa":
+        return asked, _sdpa()
+    if asked != "auto":
+        raise ConfigError(
+            f"mixeddim.prefill is {asked!r}, but the model runs on the CPU; allowed there are "
+            "auto (vLLM's CPU kernel) and sdpa"
+        )
+    from mdkv_vllm.plugin.prefill.cpu import CpuPrefill
+
+    return "vLLM's CPU kernel", CpuPrefill()
+
+
+def _no_flash(dtype: torch.dtype, head_size: int) -> Reason:
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention takes float16 and bfloat16, not {dtype}"
+    if not current_platform.has_device_capability(80):
+        return "FlashAttention needs a GPU of compute capability 8.0 or later"
+    if head_size % 8 or head_size > 256:
+        return f"FlashAttention takes no heads of {head_size} dimensions"
+    if get_flash_attn_version(head_size=head_size) is None:
+        return "vLLM's FlashAttention is not installed"
+    return None
+
+
+def _no_xformers(dtype: torch.dtype, head_size: int) -> Reason:
+    if find_spec("xformers") is None:
+        return "xformers is not installed (pip install 'mdkv-vllm[xformers]')"
+    return None
+
+
+def _flash() -> PrefillAttention:
+    from mdkv_vllm.plugin.prefill.flash import FlashPrefill
+
+    return FlashPrefill()
+
+
+def _xformers() -> PrefillAttention:
+    from mdkv_vllm.plugin.prefill.xformers import XformersPrefill
+
+    return XformersPrefill()
+
+
+def _sdpa() -> PrefillAttention:
+    from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
+
+    return SdpaPrefill()

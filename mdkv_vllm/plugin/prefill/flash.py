@@ -1,0 +1,92 @@
+"""Prefill by vLLM's FlashAttention, which reads the cache's blocks where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+from mdkv_vllm.plugin.prefill import Chunk, tokens_of
+
+
+class FlashPrefill:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`: all chunks in one call."""
+
+    def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> FlashStep:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        device = block_table.device
+
+        def on_device(numbers: Sequence[int]) -> torch.Tensor:
+            host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
+            return host.to(device, non_blocking=True)
+
+        return FlashStep(
+            tokens=tokens_of(chunks, device),
+            query_starts=on_device([0, *accumulate(chunk.tokens for chunk in chunks)]),
+            lengths=on_device([chunk.total for chunk in chunks]),
+            longest_query=max(chunk.tokens for chunk in chunks),
+            longest=max(chunk.total for chunk in chunks),
+            block_table=block_table.index_select(0, on_device([chunk.row for chunk in chunks])),
+        )
+
+
+@dataclass(frozen=True)
+class FlashStep:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+
+    Attributes:
+        tokens: the chunks' tokens in the batch.
+        query_starts: int32 ``[chunks + 1]``, where each starts among them.
+        lengths: int32 ``[chunks]``, context and chunk.
+        longest_query: the longest chunk.
+        longest: the longest of ``lengths``.
+        block_table: int32 ``[chunks, max_blocks]``.
+    """
+
+    tokens: torch.Tensor | slice
+    query_starts: torch.Tensor
+    lengths: torch.Tensor
+    longest_query: int
+    longest: int
+    block_table: torch.Tensor
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        head_size = query.shape[-1]
+        # FlashAttention's TMA loads take no odd strides, not even of dimensions of size 1.
+        keys, values = (
+            canonicalize_singleton_dim_strides(side)
+            for side in kv_cache.transpose(1, 2).split(head_size, dim=-1)
+        )
+        rows = query[self.tokens]
+        in_place = isinstance(self.tokens, slice)
+        result = output[self.tokens] if in_place else torch.empty_like(rows)
+        flash_attn_varlen_func(
+            q=rows,
+            k=keys,
+            v=values,
+            out=result,
+            cu_seqlens_q=self.query_starts,
+            max_seqlen_q=self.longest_query,
+            seqused_k=self.lengths,
+            max_seqlen_k=self.longest,
+            softmax_scale=scale,
+            causal=True,
+            block_table=self.block_table,
+            fa_version=get_flash_attn_version(head_size=head_size),
+        )
+        if not in_place:
+            output[self.tokens] = result

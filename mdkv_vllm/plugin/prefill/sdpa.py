@@ -1,0 +1,59 @@
+"""Prefill by torch's own attention: slower, and on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.prefill import Chunk
+
+
+class SdpaPrefill:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`, one request after the other."""
+
+    def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> SdpaStep:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        return SdpaStep(tuple(chunks), block_table)
+
+
+@dataclass(frozen=True)
+class SdpaStep:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+
+    Attributes:
+        chunks: the step's chunks.
+        block_table: int32 ``[rows, max_blocks]``.
+    """
+
+    chunks: tuple[Chunk, ...]
+    block_table: torch.Tensor
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        for chunk in self.chunks:
+            rows = slice(chunk.start, chunk.stop)
+            keys, values = load_tokens(
+                kv_cache, self.block_table[chunk.row], chunk.total, query.dtype
+            )
+            result = scaled_dot_product_attention(
+                query[rows].transpose(0, 1).unsqueeze(0),
+                keys.unsqueeze(0),
+                values.unsqueeze(0),
+                attn_mask=causal_lower_right(chunk.tokens, chunk.total),
+                scale=scale,
+                enable_gqa=True,
+            )
+            output[rows] = result.squeeze(0).transpose(0, 1)

@@ -1,0 +1,72 @@
+"""Prefill by xformers' memory-efficient attention, for GPUs without FlashAttention (V100, T4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from xformers.ops import memory_efficient_attention_forward
+from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
+
+from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.prefill import Chunk, tokens_of
+
+
+class XformersPrefill:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`: all chunks in one call."""
+
+    def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> XformersStep:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        mask = BlockDiagonalCausalFromBottomRightMask.from_seqlens(
+            [chunk.tokens for chunk in chunks],
+            [chunk.total for chunk in chunks],
+            device=block_table.device,
+        )
+        tokens = tokens_of(chunks, block_table.device)
+        return XformersStep(tuple(chunks), block_table, tokens, mask)
+
+
+@dataclass(frozen=True)
+class XformersStep:
+    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+
+    Attributes:
+        chunks: the step's chunks.
+        block_table: int32 ``[rows, max_blocks]``.
+        tokens: the chunks' tokens in the batch.
+        mask: which query sees which key, chunk by chunk.
+    """
+
+    chunks: tuple[Chunk, ...]
+    block_table: torch.Tensor
+    tokens: torch.Tensor | slice
+    mask: BlockDiagonalCausalFromBottomRightMask
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        heads = kv_cache.shape[1]
+        group = query.shape[1] // heads
+        loaded = [
+            load_tokens(kv_cache, self.block_table[chunk.row], chunk.total, query.dtype)
+            for chunk in self.chunks
+        ]
+        # [1, keys, kv_heads, group, head_size], the group without copies: xformers' form for GQA.
+        keys, values = (
+            torch.cat(side, dim=1).transpose(0, 1).unsqueeze(0).unsqueeze(3)
+            .expand(-1, -1, -1, group, -1)
+            for side in zip(*loaded, strict=True)
+        )  # fmt: skip
+        rows = query[self.tokens].unflatten(1, (heads, group)).unsqueeze(0)
+        result = memory_efficient_attention_forward(
+            rows, keys, values, attn_bias=self.mask, scale=scale
+        )
+        output[self.tokens] = result.squeeze(0).flatten(1, 2)

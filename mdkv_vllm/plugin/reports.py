@@ -1,0 +1,132 @@
+"""What compressions did: read once the device has done them, counted, and remembered."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.plan import LeasePlan
+
+_RECENT = 64
+"""Compressions remembered for reports."""
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What one compression did.
+
+    Attributes:
+        request_id: vLLM's id.
+        prompt_tokens: length of the prompt.
+        full_blocks: blocks the prompt held before.
+        kept_blocks: blocks it holds after (lease and full-dimension tail).
+        kept_share: bytes kept over full bytes.
+        tokens: per format, tokens kept over all layers and heads, dropped ones included.
+        seconds: how long it took, on a GPU by the GPU's own clock.
+    """
+
+    request_id: str
+    prompt_tokens: int
+    full_blocks: int
+    kept_blocks: int
+    kept_share: float
+    tokens: dict[str, int]
+    seconds: float
+
+
+@dataclass
+class Totals:
+    """Running totals since start-up."""
+
+    prompts: int = 0
+    blocks_returned: int = 0
+    seconds: float = 0.0
+    recent: list[CompressionReport] = field(default_factory=list)
+
+    def add(self, report: CompressionReport) -> None:
+        """Count one compression."""
+        self.prompts += 1
+        self.blocks_returned += report.full_blocks - report.kept_blocks
+        self.seconds += report.seconds
+        self.recent = [*self.recent[-_RECENT + 1 :], report]
+
+
+class Stopwatch:
+    """Time of work on a device, started when made; reading it early is no error but waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks = [self._mark()]
+
+    def stop(self) -> None:
+        """The work has been given to the device."""
+        self._marks.append(self._mark())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the device has done it."""
+        return not self._on_gpu or self._marks[1].query()
+
+    @property
+    def seconds(self) -> float:
+        """How long the work took."""
+        first, last = self._marks
+        if not self._on_gpu:
+            return last - first
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
+
+    def _mark(self):  # type: ignore[no-untyped-def] # noqa: ANN202
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class CompressionRecord:
+    """A compression given to the device, whose numbers may not be there yet.
+
+    Args:
+        request_id: vLLM's id.
+        plan: the prompt's lease plan.
+        tokens: int64 ``[layers, kv_heads, formats]`` on the device, tokens of each list.
+        watch: times it; stopped here.
+    """
+
+    def __init__(
+        self, request_id: str, plan: LeasePlan, tokens: torch.Tensor, watch: Stopwatch
+    ) -> None:
+        self._request_id, self._plan, self._watch = request_id, plan, watch
+        totals = tokens.sum((0, 1))
+        self._tokens = torch.empty(
+            totals.shape, dtype=totals.dtype, pin_memory=totals.device.type == "cuda"
+        )
+        self._tokens.copy_(totals, non_blocking=True)
+        watch.stop()
+
+    @property
+    def finished(self) -> bool:
+        """Whether reading it waits for nothing."""
+        return self._watch.finished
+
+    def read(self, layout: LeaseLayout) -> CompressionReport:
+        """The report, after waiting for the device if need be."""
+        plan = self._plan
+        seconds = self._watch.seconds
+        names = [f.name for f in layout.formats.formats]
+        per_format = dict(zip(names, self._tokens.tolist(), strict=True))
+        per_format["drop"] = plan.span_tokens * layout.pages_per_block - sum(per_format.values())
+        full = -(-plan.prompt_tokens // plan.block_size)
+        return CompressionReport(
+            self._request_id,
+            plan.prompt_tokens,
+            full,
+            full - plan.first_lease_block,
+            plan.kept_share,
+            per_format,
+            seconds,
+        )

@@ -1,0 +1,235 @@
+"""Steps of the worker without vLLM's runner: what is captured, compressed, padded and copied."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.core.compress import Compressor
+from mdkv_vllm.core.formats import PageGeometry
+from mdkv_vllm.ops.compress import compression_kernels
+from mdkv_vllm.ops.decode import CpuDecode, DecodeSetting
+from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
+from mdkv_vllm.plugin.rows import Request, RunnerV1Order, RunnerV2Order
+from mdkv_vllm.plugin.runtime import Runtime, StepLimits
+from mdkv_vllm.policy import Policy
+
+LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS = 2, 2, 3, 64, 16, 96
+PROMPT = 300
+REQUEST = Request("a", PROMPT, None, True)
+
+
+class RefusedKernel:
+    """Stands where a kernel would read numbers; looks at shapes alone."""
+
+    def attend(self, query, layer, block_table, query_rows, lengths, leases, output):
+        assert output.shape == query.shape
+        assert len(query) == len(query_rows) == len(lengths)
+        assert leases.shape[1] == 2
+        assert block_table.shape[0] >= leases.shape[0]
+
+
+class Worker:
+    """A runtime over random cached tokens, and what vLLM would do around it."""
+
+    def __init__(self, graph_tokens=0, device="cpu", kernel=None, window=16):
+        torch.manual_seed(1)
+        config = MixedDimConfig(budget=0.4, heads="even", window=window)
+        geometry = PageGeometry(BLOCK, SIZE, torch.float32)
+        policy = Policy(config, geometry, LAYERS, HEADS)
+        self.arena = torch.randn(BLOCKS, LAYERS * HEADS, BLOCK, 2 * SIZE).to(device)
+        self.queries = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE)
+        setting = DecodeSetting(self.arena, policy.layout, GROUP, None, SIZE**-0.5, 8)
+        compressor = Compressor(
+            policy.layout, config.loss, SIZE**-0.5, None, None, compression_kernels("cpu")
+        )
+        self.batch_ids = []
+        self.runtime = Runtime(
+            policy,
+            compressor,
+            kernel or CpuDecode(setting),
+            SdpaPrefill(),
+            self.arena,
+            HEADS * GROUP,
+            torch.float32,
+            StepLimits(512, 8, graph_tokens),
+            SimpleNamespace(request_ids=lambda batch: self.batch_ids),
+        )
+        self.device = torch.device(device)
+        # Persistent, as vLLM's own are.
+        self.table = torch.randperm(BLOCKS)[: 8 * 10].int().view(8, 10).repeat(1, 3).to(device)
+
+    def batch(self, ids, counts, lengths, padded_to=None):
+        """vLLM's metadata of a step; rows beyond the requests pad a graph's batch."""
+        self.batch_ids = ids
+        rows = padded_to or len(ids)
+        spare = rows - len(ids)
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        starts = torch.cat((starts, starts[-1:].expand(spare)))
+        total = padded_to or int(starts[-1])
+        return CommonAttentionMetadata(
+            query_start_loc=starts.to(self.device),
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor([*lengths, *[0] * spare]).int().to(self.device),
+            num_reqs=rows,
+            num_actual_tokens=total,
+            max_query_len=max(counts, default=1),
+            max_seq_len=max(lengths, default=1),
+            block_table_tensor=self.table[:rows],
+            slot_mapping=torch.zeros(total, dtype=torch.int64, device=self.device),
+            seq_lens_cpu_upper_bound=torch.tensor([*lengths, *[0] * spare]).int(),
+        )
+
+    def forward(self, metadata, query):
+        """Every layer in turn, as the backend does it; the outputs."""
+        outputs = []
+        for layer in range(LAYERS):
+            output = torch.full_like(query[layer], torch.nan)
+            heads = slice(layer * HEADS, (layer + 1) * HEADS)
+            if metadata.prefill is not None:
+                view = self.arena[:, heads]
+                metadata.prefill.attend(query[layer], None, None, view, SIZE**-0.5, output)
+            for capture in metadata.captures:
+                capture.copy(layer, query[layer])
+            self.runtime.decode(layer, query[layer], metadata, output)
+            outputs.append(output)
+        return outputs
+
+    def prefill(self, chunks, beside=()):
+        """The prompt in chunks of those many tokens; then a step that compresses it."""
+        done, new = 0, [REQUEST, *(Request(i, 40, None, True) for i in beside)]
+        for count in chunks:
+            ids = [*beside, "a"]
+            counts = [*[1] * len(beside), count]
+            lengths = [*[50] * len(beside), done + count]
+            with self.runtime.step(set(), set(), new):
+                metadata = self.runtime.begin_step(self.batch(ids, counts, lengths))
+                mine = self.queries[:, done : done + count]
+                others = torch.randn(LAYERS, len(beside), *mine.shape[2:])
+                self.forward(metadata, torch.cat((others, mine), 1))
+            done, new = done + count, []
+        with self.runtime.step(set(), set(), []):
+            pass
+        return self
+
+    def lease(self):
+        """Bytes of the prompt's lease."""
+        plan = self.runtime.policy.plan(PROMPT, None)
+        row = self.batch_ids.index("a")
+        blocks = self.table[row, plan.first_lease_block : plan.tail_block].long()
+        return self.arena[blocks].view(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return Worker().prefill([PROMPT])
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 8])
+@pytest.mark.parametrize("chunks", [[290, 10], [299, 1], [280, 8, 1, 1, 10], [284, 1, 15]])
+def test_any_chunks_give_the_same_lease(whole, chunks, graph_tokens):
+    """Also where a window query comes in a step that a CUDA graph may replay."""
+    worker = Worker(graph_tokens).prefill(chunks)
+    assert worker.runtime.totals.prompts == 1
+    assert torch.equal(worker.lease(), whole.lease())
+
+
+def test_batch_mates_change_nothing(whole):
+    worker = Worker(8).prefill([299, 1], beside=("b", "c"))
+    # The mates take the first rows of the table, so the prompt has other blocks with other tokens.
+    assert not torch.equal(worker.lease(), whole.lease())
+    alone = Worker(8)
+    alone.table[0] = alone.table[2].clone()
+    assert torch.equal(worker.lease(), alone.prefill([300]).lease())
+
+
+def test_a_step_that_graphs_may_replay_keeps_its_queries():
+    worker = Worker(graph_tokens=8)
+    with worker.runtime.step(set(), set(), [REQUEST]):
+        assert worker.runtime.begin_step(worker.batch(["a"], [299], [299])).recent == 0
+    with worker.runtime.step(set(), set(), []):
+        metadata = worker.runtime.begin_step(worker.batch(["a"], [1], [300]))
+    assert metadata.recent == 1
+    assert not metadata.captures
+
+
+def test_padding_sees_nothing_and_addresses_stay():
+    """A captured batch of 4 rows, then one of 2 requests in the same buffers."""
+    worker = Worker(graph_tokens=8)
+    captured = worker.runtime.begin_step(worker.batch([], [], [], padded_to=4)).decode
+    assert captured.lengths.tolist() == [0] * 4
+    new = [Request("b", 40, None, True), Request("c", 40, None, True)]
+    with worker.runtime.step(set(), set(), new):
+        metadata = worker.runtime.begin_step(
+            worker.batch(["b", "c"], [1, 1], [41, 55], padded_to=4)
+        )
+        outputs = worker.forward(metadata, torch.randn(LAYERS, 4, HEADS * GROUP, SIZE))
+    decode = metadata.decode
+    assert decode.lengths.tolist() == [41, 55, 0, 0]
+    assert captured.lengths.tolist() == [41, 55, 0, 0]
+    for name in ("rows", "lengths", "leases", "block_table"):
+        assert getattr(captured, name).data_ptr() == getattr(decode, name).data_ptr(), name
+    for output in outputs:
+        assert output[:2].isfinite().all()
+        assert (output[2:] == 0).all()
+
+
+def test_rehearsals_touch_no_prompt():
+    """vLLM runs batches of its own, with rows that look like requests, between two steps."""
+    worker = Worker(graph_tokens=8)
+    with worker.runtime.step(set(), set(), [REQUEST]):
+        worker.runtime.begin_step(worker.batch(["a"], [290], [290]))
+    metadata = worker.runtime.begin_step(worker.batch(["a"], [10], [300]))
+    assert not metadata.captures
+    assert metadata.prefill is None
+    with worker.runtime.step(set(), set(), []):
+        pass
+    assert worker.runtime.totals.prompts == 0
+
+
+@pytest.mark.parametrize(("finished", "preempted"), [({"a"}, set()), (set(), {"a"})])
+def test_who_is_gone_is_not_compressed(finished, preempted):
+    worker = Worker()
+    before = worker.arena.clone()
+    with worker.runtime.step(set(), set(), [REQUEST]):
+        metadata = worker.runtime.begin_step(worker.batch(["a"], [PROMPT], [PROMPT]))
+        worker.forward(metadata, worker.queries[:, :PROMPT])
+    with worker.runtime.step(finished, preempted, []):
+        pass
+    assert torch.equal(worker.arena, before)
+
+
+def test_nothing_on_the_device_is_read():
+    """On torch's meta device there are no numbers: whoever reads one fails."""
+    worker = Worker(graph_tokens=8, device="meta", kernel=RefusedKernel())
+    with pytest.raises(RuntimeError, match="meta"):
+        worker.table[0, 0].item()
+    new = [REQUEST, Request("b", 290, None, True), Request("c", 40, None, True)]
+    query = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE, device="meta")
+    with worker.runtime.step(set(), set(), new):
+        batch = worker.batch(["c", "b", "a"], [1, 1, 299], [60, 280, 299])
+        worker.forward(worker.runtime.begin_step(batch), query)
+    with worker.runtime.step(set(), set(), []):
+        batch = worker.batch(["c", "b"], [1, 1], [61, 281], padded_to=4)
+        metadata = worker.runtime.begin_step(batch)
+        assert metadata.recent == 4
+        worker.forward(metadata, query[:, :4])
+    with worker.runtime.step(set(), {"b"}, []):
+        # A decode, a chunk, and another decode: their tokens do not lie side by side.
+        batch = worker.batch(["c", "a", "c"], [1, 2, 1], [61, 4, 61])
+        worker.forward(worker.runtime.begin_step(batch), query[:, :4])
+
+
+def test_orders_of_both_runners():
+    batch = Worker().batch(["x"], [1], [5])
+    v1 = RunnerV1Order(SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a"])))
+    assert v1.request_ids(batch) == ["b", "a"]
+    states = SimpleNamespace(index_to_req_id={7: "a", 2: "b"})
+    v2 = RunnerV2Order(SimpleNamespace(req_states=states))
+    batch.req_idx = torch.tensor([2, 7]).numpy()
+    assert v2.request_ids(batch) == ["b", "a"]

@@ -20,6 +20,7 @@ def main():
             max_tokens=job["max_tokens"],
             ignore_eos=True,
             logprobs=2,
+            detokenize=not job["engine"].get("skip_tokenizer_init", False),
             extra_args=budget and {"mixeddim_budget": budget},
         )
         for budget in job["budgets"]
@@ -36,6 +37,7 @@ def main():
             ]
             for o in outputs
         ],
+        "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
         "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
     }
     if job["engine"].get("attention_backend") == "mixeddim":

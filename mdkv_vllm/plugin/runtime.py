@@ -95,6 +95,7 @@ class Runtime:
         self._decode = decode
         self._prefill = prefill
         self._order = order
+        self._limits = limits
         self._buffers = StepBuffers(limits.tokens, limits.requests, arena.device)
         self._window_shape = (
             policy.num_layers,
@@ -249,6 +250,32 @@ class Runtime:
         if not in_place:
             output[decode.tokens] = result
 
+    def rehearse(self, prompt_tokens: int) -> None:
+        """Run every kernel once, on nothing: compiles them, and shows what memory they take.
+
+        Args:
+            prompt_tokens: the longest prompt to expect.
+        """
+        device = self.arena.device
+        layers, heads, window, head_size = self._window_shape
+        queries = 1
+        while queries <= self._limits.requests:
+            nothing = torch.zeros(queries, dtype=torch.int32, device=device)
+            query = torch.zeros(queries, heads, head_size, dtype=self._recent.dtype, device=device)
+            leases = torch.zeros(queries, 2, dtype=torch.int32, device=device)
+            output = torch.empty_like(query)
+            self._decode.attend(query, 0, leases, nothing, nothing, leases, output)
+            queries *= 2
+        plan = self.policy.plan(prompt_tokens, None)
+        if plan is not None:
+            shape = (2, self.policy.num_kv_heads, prompt_tokens, head_size)
+            tokens = torch.randn(shape, device=device)
+            self._compressor.compress(
+                lambda layer: (tokens[0], tokens[1]),
+                torch.randn(layers, heads, window, head_size, device=device),
+                plan,
+            )
+
     def _end_prompts(self, finished: set[str], preempted: set[str]) -> None:
         """Compress the prompts that ended in the last step, and forget what is gone."""
         for query in self._from_recent:
@@ -305,8 +332,8 @@ class Runtime:
 _current: Runtime | None = None
 
 
-def install_runtime(runtime: Runtime) -> None:
-    """Make a runtime this worker process's own."""
+def install_runtime(runtime: Runtime | None) -> None:
+    """Make a runtime this worker process's own, or none."""
     global _current
     _current = runtime
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
@@ -20,6 +22,7 @@ from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
+from mdkv_vllm.plugin.reports import Totals
 from mdkv_vllm.plugin.rows import batch_order, new_requests
 from mdkv_vllm.plugin.runtime import Runtime, StepLimits, install_runtime
 from mdkv_vllm.plugin.spec import MixedDimSpec
@@ -47,14 +50,24 @@ class MixedDimWorker(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache as vLLM does, then set up the runtime over it."""
         super().initialize_from_config(kv_cache_config)
-        policy = _policy_of(kv_cache_config)
+        policy = policy_of([group.kv_cache_spec for group in kv_cache_config.kv_cache_groups])
+        layers = attention_layers(self.vllm_config)
+        arena = arena_of([layer.kv_cache for layer in layers], policy)
+        self._runtime = self._make_runtime(policy, arena)
+        install_runtime(self._runtime)
+
+    def _make_runtime(self, policy: Policy, arena: torch.Tensor) -> Runtime:
+        """Everything that stands around a cache.
+
+        Raises:
+            ConfigError: the model or the settings do not go with the device.
+        """
         config, model = policy.config, self.vllm_config.model_config
         layers = attention_layers(self.vllm_config)
         scales = {layer.impl.scale for layer in layers}
         if len(scales) != 1:
             raise ConfigError("--attention-backend mixeddim: layers differ in their score scale")
         scale = scales.pop()
-        arena = arena_of([layer.kv_cache for layer in layers], policy)
         artifacts = RankArtifacts.load(policy, self.vllm_config, self.rank)
         limits = step_limits(self.vllm_config)
         kernels = kernels_for(config.kernels, arena.device)
@@ -73,7 +86,9 @@ class MixedDimWorker(Worker):
             artifacts.heads,
             compression_kernels(kernels),
         )
-        self._runtime = Runtime(
+        logger.info_once("mixeddim: %s", describe(policy, artifacts.heads))
+        logger.info_once("mixeddim: %s kernels, prefill by %s", kernels, prefill_name)
+        return Runtime(
             policy,
             compressor,
             decode_kernel(kernels, setting),
@@ -84,9 +99,13 @@ class MixedDimWorker(Worker):
             limits,
             batch_order(self.model_runner, self.use_v2_model_runner),
         )
-        install_runtime(self._runtime)
-        logger.info("mixeddim: %s", describe(policy, artifacts.heads))
-        logger.info("mixeddim: %s kernels, prefill by %s", kernels, prefill_name)
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """As vLLM does it; the requests that it makes up meanwhile are not counted."""
+        times = super().compile_or_warm_up_model()
+        assert self._runtime is not None
+        self._runtime.totals = Totals()
+        return times
 
     def execute_model(
         self, scheduler_output: SchedulerOutput
@@ -107,13 +126,15 @@ class MixedDimWorker(Worker):
         return asdict(self._runtime.totals)
 
 
-def _policy_of(kv_cache_config: KVCacheConfig) -> Policy:
+def policy_of(specs: list[KVCacheSpec]) -> Policy:
     """The settings applied to the model, which the layers' one spec carries.
+
+    Args:
+        specs: of the model's groups of layers.
 
     Raises:
         ConfigError: the layers are not all of our kind.
     """
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     if len(specs) != 1 or not isinstance(specs[0], MixedDimSpec):
         raise ConfigError(
             "--attention-backend mixeddim needs one group of full-attention layers; this "

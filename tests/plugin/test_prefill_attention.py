@@ -1,4 +1,15 @@
-"""Prefill on CPU, by vLLM's kernel and by torch's, against attention computed in float64."""
+"""Prefill against attention computed in float64.
+
+vLLM's CPU kernel and torch's run as they are. FlashAttention and xformers run on GPUs only: here
+plain torch carries out the calls that we make to them, so what is tested is the calls.
+"""
+
+import ast
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,6 +30,62 @@ current_platform.import_kernels()
 BLOCK = 16
 
 
+def flash_attn_varlen_func(
+    *, q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal,
+    block_table, fa_version,
+):  # fmt: skip
+    """FlashAttention's paged attention: K and V ``[blocks, block_size, kv_heads, head_size]``."""
+    assert causal
+    assert fa_version == 3
+    assert k.stride(-1) == v.stride(-1) == q.stride(-1) == 1
+    assert max_seqlen_k == int(seqused_k.max())
+    assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+    for i, length in enumerate(seqused_k.tolist()):
+        rows = slice(int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]))
+        keys, values = (
+            side[block_table[i].long()].flatten(0, 1)[:length].double() for side in (k, v)
+        )
+        context = length - (rows.stop - rows.start)
+        out[rows] = expected_attention(q[rows], keys, values, context, softmax_scale).to(out.dtype)
+
+
+def memory_efficient_attention_forward(query, key, value, attn_bias, scale):
+    """xformers' attention with grouped heads: ``[1, tokens, kv_heads, group, head_size]``."""
+    assert key.stride(3) == 0, "the group's copies must cost nothing"
+    bias = attn_bias.materialize((query.shape[1], key.shape[1])).double()
+    scores = torch.einsum("bqhgd,bkhgd->bhgqk", query.double(), key.double()) * scale + bias
+    result = torch.einsum("bhgqk,bkhgd->bqhgd", scores.softmax(-1), value.double())
+    return result.to(query.dtype)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    module = ModuleType("vllm.vllm_flash_attn")
+    module.flash_attn_varlen_func = flash_attn_varlen_func
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", module)
+    from mdkv_vllm.plugin.prefill import flash as ours
+
+    monkeypatch.setattr(ours, "get_flash_attn_version", lambda **_: 3)
+    return ours.FlashPrefill()
+
+
+@pytest.fixture
+def xformers(monkeypatch):
+    from mdkv_vllm.plugin.prefill import xformers as ours
+
+    monkeypatch.setattr(
+        ours, "memory_efficient_attention_forward", memory_efficient_attention_forward
+    )
+    return ours.XformersPrefill()
+
+
+@pytest.fixture
+def prefill(request):
+    if isinstance(request.param, str):
+        return request.getfixturevalue(request.param)
+    return request.param()
+
+
 def expected_attention(query, keys, values, context, scale):
     """Float64 causal attention of ``[chunk, q_heads, d]`` to ``[total, kv_heads, d]``."""
     heads = keys.shape[1]
@@ -29,7 +96,7 @@ def expected_attention(query, keys, values, context, scale):
     return torch.einsum("hgqt,thd->qhgd", weights, values).flatten(1, 2)
 
 
-@pytest.mark.parametrize("prefill", [CpuPrefill, SdpaPrefill])
+@pytest.mark.parametrize("prefill", [CpuPrefill, SdpaPrefill, "flash", "xformers"], indirect=True)
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 @pytest.mark.parametrize(
     "chunks", [[(0, 2)], [(0, 300)], [(17, 40), (0, 5)], [(256, 129)], [(500, 3), (16, 16)]]
@@ -44,6 +111,8 @@ def expected_attention(query, keys, values, context, scale):
 )
 def test_chunks_with_context(prefill, head_size, chunks, dtype, cache_dtype, tolerance):
     """A batch of chunks, with a token of another request between any two."""
+    if dtype != cache_dtype and not isinstance(prefill, CpuPrefill | SdpaPrefill):
+        pytest.skip("on GPUs the cache has the model's type")
     heads, group, scale = 2, 3, 0.1
     width = max(-(-sum(chunk) // BLOCK) for chunk in chunks)
     cache = torch.full((160, heads, BLOCK, 2 * head_size), torch.nan, dtype=cache_dtype)
@@ -63,7 +132,7 @@ def test_chunks_with_context(prefill, head_size, chunks, dtype, cache_dtype, tol
         key[chunk.start : chunk.stop] = keys[chunk.context :]
         value[chunk.start : chunk.stop] = values[chunk.context :]
     output = torch.full_like(query, 7.0)
-    prefill().prepare(batch, block_table).attend(query, key, value, cache, scale, output)
+    prefill.prepare(batch, block_table).attend(query, key, value, cache, scale, output)
     others = torch.ones(at, dtype=torch.bool)
     for chunk, (keys, values) in zip(batch, inputs, strict=True):
         rows = slice(chunk.start, chunk.stop)
@@ -72,6 +141,28 @@ def test_chunks_with_context(prefill, head_size, chunks, dtype, cache_dtype, tol
         torch.testing.assert_close(output[rows].double(), expected, rtol=tolerance, atol=tolerance)
         others[rows] = False
     assert (output[others] == 7.0).all(), "tokens of other requests were written"
+
+
+def test_flash_reads_no_number_on_the_device(flash):
+    """On torch's meta device there are none to read."""
+    table = torch.zeros(4, 8, dtype=torch.int32, device="meta")
+    step = flash.prepare([Chunk(0, 3, 5, 1), Chunk(4, 9, 0, 3)], table)
+    assert step.block_table.shape == (2, 8)
+    assert (step.longest_query, step.longest) == (5, 8)
+
+
+def test_flash_attention_takes_what_we_pass():
+    """The stand-in above has the names of the real function, which cannot be imported here."""
+    folder = Path(importlib.util.find_spec("vllm").submodule_search_locations[0])
+    source = (folder / "vllm_flash_attn" / "flash_attn_interface.py").read_text()
+    real = next(
+        node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef) and node.name == "flash_attn_varlen_func"
+    )
+    names = {argument.arg for argument in real.args.args}
+    asked = set(inspect.signature(flash_attn_varlen_func).parameters)
+    assert asked <= names
 
 
 def test_tokens_of_chunks():

@@ -225,6 +225,22 @@ def test_nothing_on_the_device_is_read():
         worker.forward(worker.runtime.begin_step(batch), query[:, :4])
 
 
+def test_rehearsal_runs_every_kernel_and_leaves_the_cache_alone():
+    worker = Worker(graph_tokens=8)
+    before = worker.arena.clone()
+    seen = []
+    attend, compress = worker.runtime._decode.attend, Compressor.compress
+    worker.runtime._decode.attend = lambda query, *rest: (
+        seen.append(len(query)),
+        attend(query, *rest),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Compressor, "compress", lambda *args: (seen.append(args[3]), compress(*args)))
+        worker.runtime.rehearse(PROMPT)
+    assert seen == [1, 2, 4, 8, worker.runtime.policy.plan(PROMPT, None)]
+    assert torch.equal(worker.arena, before)
+
+
 def test_orders_of_both_runners():
     batch = Worker().batch(["x"], [1], [5])
     v1 = RunnerV1Order(SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a"])))

@@ -146,9 +146,21 @@ class DecodeWorkspace:
 
     @classmethod
     def allocate(
-        cls, shape: DecodeShape, max_queries: int, device: torch.device, programs: int
+        cls,
+        shape: DecodeShape,
+        max_queries: int,
+        device: torch.device,
+        programs: int | None = None,
     ) -> DecodeWorkspace:
-        """Allocate for batches of up to ``max_queries`` queries."""
+        """Allocate for batches of up to ``max_queries`` queries.
+
+        Args:
+            shape: what kernels are compiled for.
+            max_queries: queries of the largest batch, padding included.
+            device: where the arena is.
+            programs: as in :meth:`SplitPlan.of`; None for :func:`programs_of` the device.
+        """
+        programs = programs or programs_of(device)
         heads = shape.num_kv_heads
         units_and_splits = [
             (queries * heads, SplitPlan.of(queries, heads, programs).splits)

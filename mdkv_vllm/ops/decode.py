@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -85,20 +86,23 @@ class CpuDecode:
         )
 
 
-class TritonDecode:
-    """:class:`DecodeKernel` in Triton."""
+class GpuDecode:
+    """:class:`DecodeKernel` in Triton or CUDA, whose modules look alike.
 
-    def __init__(self, setting: DecodeSetting) -> None:
-        from mdkv_vllm.triton_kernels import mixed_decode as kernel
+    Args:
+        setting: the model.
+        implementation: :mod:`mdkv_vllm.triton_kernels.mixed_decode` or :mod:`mdkv_vllm.ops.cuda`.
+    """
 
+    def __init__(self, setting: DecodeSetting, implementation: Any) -> None:  # noqa: ANN401
         device = setting.arena.device
         self._setting = setting
-        self._kernel = kernel.mixed_decode
-        self._tables = kernel.DecodeTables.build(
+        self._kernel = implementation.mixed_decode
+        self._tables = implementation.DecodeTables.build(
             setting.layout, setting.group, setting.basis, device
         )
-        self._workspace = kernel.DecodeWorkspace.allocate(
-            self._tables.shape, setting.max_queries, device, kernel.programs_of(device)
+        self._workspace = implementation.DecodeWorkspace.allocate(
+            self._tables.shape, setting.max_queries, device
         )
 
     def attend(
@@ -129,35 +133,80 @@ class TritonDecode:
             )
 
 
-def kernels_for(asked: str, device: torch.device) -> str:
-    """Which kernels a device gets: ``cpu``, ``triton`` or ``cuda``.
+def _triton(setting: DecodeSetting) -> DecodeKernel:
+    from mdkv_vllm.triton_kernels import mixed_decode
+
+    return GpuDecode(setting, mixed_decode)
+
+
+def _cuda(setting: DecodeSetting) -> DecodeKernel:
+    from mdkv_vllm.ops import cuda
+
+    return GpuDecode(setting, cuda)
+
+
+MakeDecode = Callable[[DecodeSetting], DecodeKernel]
+MAKERS: dict[str, MakeDecode] = {"cpu": CpuDecode, "triton": _triton, "cuda": _cuda}
+
+
+def kernels_for(asked: str, device: torch.device) -> tuple[str, ...]:
+    """Kernels that may decode on a device: one, or two of which the faster is to be taken.
 
     Args:
         asked: the setting ``kernels``.
         device: where the cache is.
+
+    Returns:
+        Keys of :data:`MAKERS`.
 
     Raises:
         ConfigError: what is asked for does not run on the device.
     """
     if device.type == "cpu":
         if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            return asked
+            return (asked,)
         if asked not in ("auto", "cpu"):
             raise ConfigError(
                 f"mixeddim.kernels is {asked!r}, but the model runs on the CPU; allowed there are "
                 "auto and cpu (and triton, interpreted and slow, with TRITON_INTERPRET=1)"
             )
-        return "cpu"
+        return ("cpu",)
     if asked == "cpu":
         raise ConfigError(
             f"mixeddim.kernels is 'cpu', but the model runs on {device}; allowed there are "
             "auto, triton and cuda"
         )
+    if asked == "triton":
+        return (asked,)
+    from mdkv_vllm.ops.cuda import why_not
+
+    missing = why_not()
     if asked == "cuda":
-        raise ConfigError("mixeddim.kernels is 'cuda', but the CUDA kernels are not built")
-    return "triton"
+        if missing:
+            raise ConfigError(f"mixeddim.kernels is 'cuda', but {missing}")
+        return (asked,)
+    return ("triton",) if missing else ("cuda", "triton")
 
 
-def decode_kernel(kernels: str, setting: DecodeSetting) -> DecodeKernel:
-    """Make the decode kernel of that name, as :func:`kernels_for` gives it."""
-    return CpuDecode(setting) if kernels == "cpu" else TritonDecode(setting)
+def decode_kernel(asked: str, setting: DecodeSetting) -> tuple[str, DecodeKernel]:
+    """Make the decode kernel that the setting ``kernels`` stands for.
+
+    Args:
+        asked: ``auto``, ``cpu``, ``triton`` or ``cuda``.
+        setting: the model.
+
+    Returns:
+        Its name, with what a trial of two showed, and the kernel.
+
+    Raises:
+        ConfigError: what is asked for does not run where the cache is.
+    """
+    names = kernels_for(asked, setting.arena.device)
+    if len(names) == 1:
+        return names[0], MAKERS[names[0]](setting)
+    from mdkv_vllm.ops.trial import trial_times
+
+    times = trial_times(setting.layout, setting.group, setting.arena.device, names)
+    first, second = sorted(names, key=times.__getitem__)
+    ratio = times[second] / times[first]
+    return f"{first} ({ratio:.2f} x as fast as {second} here)", MAKERS[first](setting)

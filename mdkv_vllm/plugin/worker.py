@@ -17,7 +17,7 @@ from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.ops.compress import compression_kernels
-from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel, kernels_for
+from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel
 from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
@@ -70,7 +70,6 @@ class MixedDimWorker(Worker):
         scale = scales.pop()
         artifacts = RankArtifacts.load(policy, self.vllm_config, self.rank)
         limits = step_limits(self.vllm_config)
-        kernels = kernels_for(config.kernels, arena.device)
         prefill_name, prefill = choose_prefill(
             config.prefill, arena.device, model.dtype, policy.geometry.head_size
         )
@@ -78,20 +77,21 @@ class MixedDimWorker(Worker):
         setting = DecodeSetting(
             arena, policy.layout, group, artifacts.basis, scale, limits.requests
         )
+        kernels, decode = decode_kernel(config.kernels, setting)
         compressor = Compressor(
             policy.layout,
             config.loss,
             scale,
             artifacts.basis,
             artifacts.heads,
-            compression_kernels(kernels),
+            compression_kernels(arena.device, interpreted=kernels == "triton"),
         )
         logger.info_once("mixeddim: %s", describe(policy, artifacts.heads))
-        logger.info_once("mixeddim: %s kernels, prefill by %s", kernels, prefill_name)
+        logger.info_once("mixeddim: decode by %s, prefill by %s", kernels, prefill_name)
         return Runtime(
             policy,
             compressor,
-            decode_kernel(kernels, setting),
+            decode,
             prefill,
             arena,
             layers[0].num_heads,

@@ -149,15 +149,3 @@ def test_prefill_choices_on_gpus():
     assert "allowed here: auto, xformers, sdpa" in printed[0]
     assert "pip install 'mdkv-vllm[xformers]'" in printed[1]
 
-
-def test_kernel_choices():
-    import torch
-
-    from mdkv_vllm.config import ConfigError
-    from mdkv_vllm.ops.decode import kernels_for
-
-    assert kernels_for("auto", torch.device("cpu")) == "cpu"
-    assert kernels_for("triton", torch.device("cuda")) == "triton"
-    for asked, device in (("triton", "cpu"), ("cuda", "cpu"), ("cpu", "cuda")):
-        with pytest.raises(ConfigError, match=rf"mixeddim.kernels is '{asked}'.*allowed there"):
-            kernels_for(asked, torch.device(device))

@@ -33,6 +33,11 @@ class InterpretedKernels:
     def __init__(self, process: ProcessPoolExecutor) -> None:
         self._process = process
 
+    layers_at_once = 2
+
+    def rotate(self, *arguments):
+        return self._process.submit(run, "rotate", *arguments).result()
+
     def round_trip(self, *arguments):
         return self._process.submit(run, "round_trip", *arguments).result()
 
@@ -42,6 +47,6 @@ class InterpretedKernels:
     def allocate(self, *arguments):
         return self._process.submit(run, "allocate", *arguments).result()
 
-    def pack(self, vectors, formats, choice, geometry, pages, first_page=0):
+    def pack(self, vectors, formats, choice, geometry, pages, first_page):
         arguments = vectors, formats, choice, geometry, pages, first_page
         pages.copy_(self._process.submit(run_pack, *arguments).result())

@@ -160,7 +160,7 @@ def test_pack(kernels, names, geometry):
     found = torch.full((120, geometry.page_bytes), 0xAB, dtype=torch.uint8)
     expected = found.clone()
     kernels.pack(vectors, formats, choice, geometry, found, torch.tensor(2))
-    REFERENCE.pack(vectors, formats, choice, geometry, expected[2:])
+    REFERENCE.pack(vectors, formats, choice, geometry, expected, torch.tensor(2))
     assert (found[:2] == 0xAB).all()
     if all(f.bits >= 8 for f in formats.formats):
         assert torch.equal(found, expected)
@@ -175,9 +175,9 @@ def test_pack_reads_the_caches_own_type(kernels):
     choice = torch.randint(-1, 2, (2, 50))
     found = torch.zeros(20, geometry.page_bytes, dtype=torch.uint8)
     expected = found.clone()
-    kernels.pack(vectors, formats, choice, geometry, found)
+    kernels.pack(vectors, formats, choice, geometry, found, torch.tensor(0))
     in_float = [(keys.float(), values.float()) for keys, values in vectors]
-    REFERENCE.pack(in_float, formats, choice, geometry, expected)
+    REFERENCE.pack(in_float, formats, choice, geometry, expected, torch.tensor(0))
     assert torch.equal(found, expected)
 
 
@@ -186,7 +186,8 @@ def test_pack_writes_no_page_that_is_not_there(kernels):
     formats = parse_formats(("i8", "full"), geometry)
     vectors = vectors_of(formats, 2, 100)
     room = torch.full((9, geometry.page_bytes), 0xAB, dtype=torch.uint8)
-    kernels.pack(vectors, formats, torch.ones(2, 100, dtype=torch.int64), geometry, room[:5])
+    choice = torch.ones(2, 100, dtype=torch.int64)
+    kernels.pack(vectors, formats, choice, geometry, room[:5], torch.tensor(0))
     assert (room[5:] == 0xAB).all()
     keys, _ = unpack_list(room[:5], 80, formats.formats[1], geometry)
     torch.testing.assert_close(keys, vectors[1][0][0, :80].bfloat16().float())

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mdkv_vllm.core.allocate import Allocation, allocate_layers
+from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.loss import Candidate
 
@@ -55,7 +55,7 @@ class TritonKernels:
         budgets: Sequence[Sequence[int]],
     ) -> list[Allocation]:
         """See :func:`mdkv_vllm.triton_kernels.allocate.allocate`, near the reference's optimum."""
-        return allocate_layers(allocate, losses, formats, budgets)
+        return allocate(losses, formats, budgets)
 
     def pack(
         self,

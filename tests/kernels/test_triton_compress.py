@@ -4,7 +4,7 @@ import interpreter
 import pytest
 import torch
 from compress_calls import InterpretedKernels
-from lists import assert_nearly_the_same_lists
+from lists import ChosenBefore, assert_nearly_the_same_lists
 
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
@@ -196,16 +196,6 @@ def test_pack_writes_no_page_that_is_not_there(kernels):
     torch.testing.assert_close(keys, vectors[1][0][0, :80].bfloat16().float())
 
 
-class Chosen(ReferenceKernels):
-    """The reference, with formats chosen before."""
-
-    def __init__(self, allocations):
-        self._allocations = list(allocations)
-
-    def allocate(self, losses, formats, budgets):
-        return [self._allocations.pop(0) for _ in losses]
-
-
 def decoded(result, layout, plan, queries):
     """Attention over the lease alone, read from an arena in which its blocks are shuffled."""
     geometry, blocks = layout.geometry, plan.num_lease_blocks
@@ -260,7 +250,7 @@ def test_a_whole_prompt(kernels, names, by_head, most):
     for ours, theirs in zip(found.allocations, best.allocations, strict=True):
         assert float(ours.objective) <= theirs.objective * most
         assert float(ours.lower_bound) == pytest.approx(theirs.lower_bound, rel=0.02)
-    expected = compress(Chosen(found.allocations), cache.float())
+    expected = compress(ChosenBefore(found.allocations), cache.float())
     lists = layout.lists_first_page
     assert torch.equal(found.tokens, expected.tokens)
     assert torch.equal(found.pages[:lists], expected.pages[:lists])

@@ -142,6 +142,7 @@ class Prompt:
         self.heads: HeadBudgets | None = None
         if case.by_head:
             self.heads = HeadBudgets(self.rand(case.layers, case.kv_heads), 0.67, 0.5)
+        self.compressor = self._compressor(kernels)
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Normal numbers on the host."""
@@ -278,24 +279,21 @@ class Prompt:
         cache, queries = self.cache.to(device), self.queries.to(device)
         if reference:
             cache = cache.float()
-        compressor = self._compressor(reference or self.kernels, device)
+        compressor = self._compressor(reference) if reference else self.compressor
         return compressor.compress(
             lambda layer: (cache[layer, 0], cache[layer, 1]), queries, self.case.plan, True
         )
 
-    def _compressor(self, kernels: CompressionKernels, device: torch.device) -> Compressor:
+    def _compressor(self, kernels: CompressionKernels) -> Compressor:
         scale = self.case.head_size**-0.5
-        return Compressor(
-            self.case.layout, "hybrid", scale, self.basis, self.heads, kernels, device
-        )
+        return Compressor(self.case.layout, "hybrid", scale, self.basis, self.heads, kernels)
 
     def _without_synchronisation(self) -> CompressedPrompt:
         cache, queries = self.cache.to(self.device), self.queries.to(self.device)
-        compressor, plan = self._compressor(self.kernels, self.device), self.case.plan
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = compressor.compress(
-                lambda layer: (cache[layer, 0], cache[layer, 1]), queries, plan
+            found = self.compressor.compress(
+                lambda layer: (cache[layer, 0], cache[layer, 1]), queries, self.case.plan
             )
             try:
                 found.tokens.sum().item()

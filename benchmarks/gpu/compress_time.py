@@ -157,7 +157,7 @@ class CachedPrompt:
     def __init__(
         self, model: Model, tokens: int, budget: float, generator: torch.Generator
     ) -> None:
-        heads, self.device, self._tokens = model.heads, generator.device, tokens
+        heads, device, self._tokens = model.heads, generator.device, tokens
         geometry = PageGeometry(BLOCK_SIZE, heads.head_size, heads.dtype)
         formats = parse_formats(FORMATS, geometry)
         self.layout = LeaseLayout(geometry, formats, model.layers, heads.kv_heads)
@@ -167,11 +167,11 @@ class CachedPrompt:
         self.plan: LeasePlan = plan
         blocks = -(-tokens // BLOCK_SIZE)
         shape = (blocks, self.layout.pages_per_block, BLOCK_SIZE, 2 * heads.head_size)
-        self._arena = torch.empty(shape, dtype=heads.dtype, device=self.device)
+        self._arena = torch.empty(shape, dtype=heads.dtype, device=device)
         self._arena.normal_(generator=generator)
-        self._blocks = torch.randperm(blocks, generator=generator, device=self.device)
+        self._blocks = torch.randperm(blocks, generator=generator, device=device)
         query = (model.layers, heads.q_heads, WINDOW, heads.head_size)
-        self._queries = torch.empty(query, dtype=heads.dtype, device=self.device)
+        self._queries = torch.empty(query, dtype=heads.dtype, device=device)
         self._queries.normal_(generator=generator)
 
     def load(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,9 +185,7 @@ class CachedPrompt:
     def compress(self, kernels: CompressionKernels, timed: Timed | None = None) -> None:
         """Compress it once."""
         scale = self.layout.geometry.head_size**-0.5
-        compressor = Compressor(
-            self.layout, "hybrid", scale, kernels=timed or kernels, device=self.device
-        )
+        compressor = Compressor(self.layout, "hybrid", scale, kernels=timed or kernels)
         load = self.load
         if timed is not None:
             compressor.compress(lambda i: timed.call("load", load, i), self._queries, self.plan)

@@ -36,7 +36,7 @@ from mdkv_vllm.core.plan import LeasePlan
 
 LoadLayer = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """Layer index to keys and values ``[kv_heads, prompt_tokens, head_size]``, innermost contiguous, on
-the compressor's device; float32, or any float type that its kernels take. May be called up to three
+the prompt's device; float32, or any float type that the kernels take. May be called up to three
 times for a layer, and has to give the same each time."""
 
 Encoders = tuple[torch.Tensor, torch.Tensor]
@@ -45,7 +45,7 @@ Encoders = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass
 class CompressedPrompt:
-    """A compressed prompt before it is written into its lease; on the compressor's device.
+    """A compressed prompt before it is written into its lease; on the prompt's device.
 
     Attributes:
         pages: uint8 ``[num_lease_blocks * layers * kv_heads, page_bytes]``.
@@ -62,19 +62,19 @@ class CompressedPrompt:
 class Compressor:
     """Everything about compression that does not change from prompt to prompt.
 
-    Nothing here waits for the device but the decomposition of a prompt's own basis
-    (``layout.prompt_basis_rank``), once per group of layers, and whatever the kernels do.
+    Work is done on the device of the prompt's queries. Nothing here waits for it but the
+    decomposition of a prompt's own basis (``layout.prompt_basis_rank``), once per group of layers,
+    and whatever the kernels do.
 
     Attributes:
         layout: what leases look like.
         loss: one of :data:`mdkv_vllm.core.loss.LOSSES`.
         scale: factor of the attention scores.
-        basis: calibrated basis, copied to the device; None where no format needs one or it is
-            the prompt's own.
+        basis: calibrated basis, copied to a device once; None where no format needs one or it
+            is the prompt's own.
         heads: how heads share a lease's pages (MixedDimKV-H); None: layers share them evenly, and
             the heads of a layer compete for theirs (MixedDimKV).
         kernels: how the slow parts are done; plain torch unless others are given.
-        device: where prompts are.
     """
 
     layout: LeaseLayout
@@ -83,11 +83,7 @@ class Compressor:
     basis: Basis | None = None
     heads: HeadBudgets | None = None
     kernels: CompressionKernels = field(default_factory=ReferenceKernels)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    def __post_init__(self) -> None:
-        if self.basis is not None:
-            object.__setattr__(self, "basis", self.basis.to(self.device))
+    _bases: dict[torch.device, Basis] = field(default_factory=dict, init=False, repr=False)
 
     def compress(
         self,
@@ -108,14 +104,12 @@ class Compressor:
         Raises:
             ValueError: nothing may be dropped and the plan has too few pages for that.
         """
-        layout, formats = self.layout, self.layout.formats
+        layout, formats, device = self.layout, self.layout.formats, queries.device
         num_pages = plan.num_lease_blocks * layout.pages_per_block
-        pages = torch.zeros(
-            num_pages, layout.geometry.page_bytes, dtype=torch.uint8, device=self.device
-        )
-        tokens = torch.zeros(layout.table_shape[:3], dtype=torch.int64, device=self.device)
+        pages = torch.zeros(num_pages, layout.geometry.page_bytes, dtype=torch.uint8, device=device)
+        tokens = torch.zeros(layout.table_shape[:3], dtype=torch.int64, device=device)
         result = CompressedPrompt(pages, tokens)
-        first = torch.full((), layout.lists_first_page, dtype=torch.int64, device=self.device)
+        first = torch.full((), layout.lists_first_page, dtype=torch.int64, device=device)
         budgets = self._page_budgets(plan)
         for start in range(0, layout.num_layers, self.kernels.layers_at_once):
             layers = range(layout.num_layers)[start : start + self.kernels.layers_at_once]
@@ -137,6 +131,13 @@ class Compressor:
         table = layout.page_table(tokens).contiguous().view(torch.uint8).flatten()
         pages[: layout.table_pages].view(-1)[: table.numel()] = table
         return result
+
+    def basis_on(self, device: torch.device) -> Basis:
+        """The calibrated basis on a device."""
+        assert self.basis is not None
+        if device not in self._bases:
+            self._bases[device] = self.basis.to(device)
+        return self._bases[device]
 
     def _page_budgets(self, plan: LeasePlan) -> list[list[int]]:
         """Pages per layer: of every head by itself, or of all its heads together."""
@@ -257,7 +258,7 @@ class _Spans:
         if self._rotated is None or self._rotated[0] != layer:
             self._rotated = None  # before the next takes memory
             keys, values = self._read(layer)
-            rotations = self._rotations(layer, keys.shape[0], keys.shape[2])
+            rotations = self._rotations(layer, keys)
             made = _Span(keys, values, self._span, rotations, self._compressor.kernels)
             self._rotated, self._loaded = (layer, made), None
         return self._rotated[1]
@@ -283,16 +284,16 @@ class _Spans:
         bases = bases.to(layout.geometry.dtype).float()
         return {layer: (keys, values) for layer, (keys, values) in zip(layers, bases, strict=True)}
 
-    def _rotations(self, layer: int, heads: int, head_size: int) -> dict[Rotation, Encoders]:
+    def _rotations(self, layer: int, keys: torch.Tensor) -> dict[Rotation, Encoders]:
         """Encoders per rotation in use."""
         compressor = self._compressor
         rotations = {}
         if Rotation.HADAMARD in {f.rotation for f in compressor.layout.formats.formats}:
-            matrix = hadamard(head_size, compressor.device).expand(heads, -1, -1)
+            matrix = hadamard(keys.shape[2], keys.device).expand(keys.shape[0], -1, -1)
             rotations[Rotation.HADAMARD] = (matrix, matrix)
         if layer in self.prompt_bases:
             rotations[Rotation.BASIS] = self.prompt_bases[layer]
         elif compressor.layout.formats.uses_basis:
-            assert compressor.basis is not None
-            rotations[Rotation.BASIS] = compressor.basis.keys[layer], compressor.basis.values[layer]
+            basis = compressor.basis_on(keys.device)
+            rotations[Rotation.BASIS] = basis.keys[layer], basis.values[layer]
         return rotations

@@ -13,26 +13,6 @@ from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.ops.cpu import format_table  # its import also registers the operators
 
 
-def compression_kernels(device: torch.device, *, interpreted: bool = False) -> CompressionKernels:
-    """The kernels for prompts on a device: C++ on CPU, Triton on CUDA.
-
-    Args:
-        device: where prompts are.
-        interpreted: Triton's also on CPU, for tests; the process must have been started with
-            ``TRITON_INTERPRET=1``.
-
-    Raises:
-        ValueError: there are no kernels for such a device.
-    """
-    if device.type == "cpu" and not interpreted:
-        return CpuKernels()
-    if device.type in ("cuda", "cpu"):
-        from mdkv_vllm.triton_kernels.compress import TritonKernels
-
-        return TritonKernels()
-    raise ValueError(f"device {device}: prompts are compressed on 'cpu' and 'cuda' alone")
-
-
 class CpuKernels:
     """:class:`mdkv_vllm.core.kernels.CompressionKernels` in C++.
 

@@ -55,7 +55,7 @@ def compress(names, kernels, by_head=False):
     plan = plan_lease(TOKENS, LeaseTerms(16, WINDOW, 64, 0.5, layout.min_blocks, floor))
     basis = Basis(*torch.rand(2, LAYERS, HEADS, SIZE, 16)) if formats.uses_basis else None
     budgets = HeadBudgets(torch.rand(LAYERS, HEADS), 0.67) if by_head else None
-    compressor = Compressor(layout, "hybrid", 0.125, basis, budgets, kernels, DEVICE)
+    compressor = Compressor(layout, "hybrid", 0.125, basis, budgets, kernels)
     cache = torch.empty(2, HEADS, TOKENS, SIZE, device=DEVICE, dtype=torch.bfloat16)
     queries = torch.empty(LAYERS, HEADS * GROUP, WINDOW, SIZE, device=DEVICE)
     with mock.patch.object(JITFunction, "run", return_value=None):

@@ -3,7 +3,18 @@
 import torch
 
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
+from mdkv_vllm.core.kernels import ReferenceKernels
 from mdkv_vllm.core.packing import unpack_list
+
+
+class ChosenBefore(ReferenceKernels):
+    """The reference, which packs what another implementation has chosen for each layer."""
+
+    def __init__(self, allocations):
+        self._allocations = list(allocations)
+
+    def allocate(self, losses, formats, budgets):
+        return [self._allocations.pop(0) for _ in losses]
 
 
 def assert_nearly_the_same_lists(

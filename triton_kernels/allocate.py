@@ -1,26 +1,36 @@
 """Allocation on the device: what :mod:`mdkv_vllm.core.allocate` does, without waiting for a result.
 
-The price of a page is found by bisection, several prices at a time. Around that solution every list
+The price of a page is found by bisection, sixteen prices at a time. Around that solution every list
 is given whole pages, those that cost least first, as many as there are; the total is
 exact by construction. Then every list gets a price of its own at which as many tokens want it
 as it has room for, found one list after the other (an assignment's dual, by coordinates), and
 takes those that gain most. The reference searches more choices of pages and assigns tokens
 optimally; the tests measure how far behind this stays.
 
-Sums that decide are of integers, so that a prompt gives the same pages in every run.
+All pools of pages are solved at once, with as many launches for many layers as for one. What is
+done per token are the kernels of :mod:`mdkv_vllm.triton_kernels.allocate_kernels`; what is left are
+numbers per pool, head and list. Memory per token, head and layer: the losses once more in one
+piece (4 bytes per option), gains (4), options (1), choices (8), and 12 at the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
+import triton
 
 from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.formats import FormatSet
 
-_PRICES, _ROUNDS = 8, 13
-"""Prices tried at a time, and how often: some 40 bisections."""
+from . import allocate_kernels as kernels
+
+_ROUNDS = 7
+"""Searches among ``PRICES`` prices, after which two neighbours are one float32 apart."""
+
+_PRICE_RANGE = 1e-12
+"""Where the search starts, below the highest price that any token could pay."""
 
 _PAGES_BELOW, _PAGES_ABOVE = 1, 2
 """Pages of a list that are open to choice, around what it wants rounded down."""
@@ -28,7 +38,40 @@ _PAGES_BELOW, _PAGES_ABOVE = 1, 2
 _CLEARINGS = 8
 """Rounds in which every list's price is set anew."""
 
-_FIXED_POINT = 2.0**40
+
+def allocate(
+    losses: Sequence[torch.Tensor], formats: FormatSet, budgets: Sequence[Sequence[int]]
+) -> list[Allocation]:
+    """Choose a format for every token of some layers, each pool within its pages.
+
+    A pool's result does not depend on what else is in the call.
+
+    Args:
+        losses: per layer, ``[options, kv_heads, span]`` of any float type, of which float32 is
+            used; options in the order of ``formats.names``.
+        formats: the formats allowed.
+        budgets: per layer, the pages of each of its pools, as many pools in every layer; its
+            heads are divided evenly among them, in order.
+
+    Returns:
+        Per layer as the reference; objective and bound are float64 tensors of one element. The
+        bound is the dual's value at the price found, a little below its best where nothing may be
+        dropped.
+
+    Raises:
+        ValueError: nothing may be dropped and the cheapest format does not fit.
+    """
+    together = torch.stack([layer.float() for layer in losses])
+    pages = [budget for pools in budgets for budget in pools]
+    pools = _Pools(together, formats, pages)
+    price, wanted, bound = pools.lagrangian()
+    room = pools.whole_pages(price, wanted)
+    option = pools.assign(price, room).view(len(losses), *losses[0].shape[1:])
+    objective = together.gather(1, option.long().unsqueeze(1)).sum((1, 2, 3), dtype=torch.float64)
+    tokens = torch.stack([(option == i).sum(-1) for i in range(formats.drop, pools.options)], -1)
+    choice = option.long() - int(formats.drop)
+    bounds = bound.view(len(losses), -1).sum(1)
+    return [Allocation(*layer) for layer in zip(choice, tokens, objective, bounds, strict=True)]
 
 
 @cache
@@ -37,128 +80,205 @@ def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.devi
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def allocate(losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
-    """Choose a format for every token of a layer within ``num_pages`` pages.
+def _on_device(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64 ``[numbers]``, copied without waiting."""
+    host = torch.tensor(numbers, dtype=torch.int64)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
-    Args:
-        losses: ``[options, kv_heads, span]`` of any float type; options in the order of
-            ``formats.names``.
-        formats: the formats allowed.
-        num_pages: pages the layer's lists may take together; never more are taken.
 
-    Returns:
-        As the reference; objective and bound are float64 tensors of one element. The bound is the
-        dual's value at the price found, a little below its best where nothing may be dropped.
+class _Pools:
+    """Pools of pages, each for some rows (KV heads of a layer).
 
-    Raises:
-        ValueError: nothing may be dropped and the cheapest format does not fit.
+    Attributes:
+        losses: float32 ``[layers, options, kv_heads, span]``.
+        capacity: tokens per page of each option, 0 for dropping. Option 0 takes the tokens that
+            the others leave.
+        costs: pages per token of each option, float64 ``[options]``.
+        pages: of each pool, int64 ``[pools]``.
     """
-    _, heads, span = losses.shape
-    if not formats.drop and heads * formats.formats[0].pages(span) > num_pages:
-        raise ValueError(f"{num_pages} pages cannot hold {span} tokens without dropping any")
-    losses = losses.double()
-    capacity = (0,) * formats.drop + tuple(f.tokens_per_page for f in formats.formats)
-    # Option 0 takes what the others leave: where it is a list, its last page may be part empty.
-    spare = 0.0 if formats.drop else heads * (1 - 1 / capacity[0])
-    costs = _constant(
-        tuple(1 / c if c else 0.0 for c in capacity), torch.float64, losses.device
-    ).view(-1, 1, 1)
-    price, option = _lagrangian(losses, costs, capacity, num_pages - spare)
-    least, _ = _cheapest(losses, costs * price)
-    # At price 0 pages are free, which is a bound as well.
-    lower_bound = torch.maximum(least.sum() - price * num_pages, losses.amin(0).sum())
-    room = _whole_pages(losses + costs * price, option, capacity, num_pages)
-    option = _assign(losses, costs * price, room, formats.drop)
-    objective = losses.gather(0, option.unsqueeze(0)).sum()
-    tokens = _counts(option, len(capacity))[:, int(formats.drop) :]
-    return Allocation(option - int(formats.drop), tokens, objective, lower_bound)
 
+    def __init__(self, losses: torch.Tensor, formats: FormatSet, pages: Sequence[int]) -> None:
+        layers, self.options, self.heads, self.span = losses.shape
+        self.rows, self.per_pool = layers * self.heads, layers * self.heads // len(pages)
+        assert self.per_pool * len(pages) == self.rows, "pools of one size"
+        self.drop, self.losses, device = formats.drop, losses, losses.device
+        self.capacity = (0,) * self.drop + tuple(f.tokens_per_page for f in formats.formats)
+        least = 0 if self.drop else self.per_pool * formats.formats[0].pages(self.span)
+        for number in pages:
+            if number < least:
+                raise ValueError(
+                    f"{number} pages cannot hold {self.span} tokens of {self.per_pool} heads "
+                    "without dropping any"
+                )
+        per_token = tuple(1 / c if c else 0.0 for c in self.capacity)
+        self.costs = _constant(per_token, torch.float64, device)
+        self.pages = _on_device(pages, device)
+        # Where option 0 is a list, its last page may be part empty.
+        spare = 0.0 if self.drop else self.per_pool * (1 - 1 / self.capacity[0])
+        self._budget = (self.pages - spare).unsqueeze(1)
+        dearer = [cost - per_token[0] for cost in per_token if cost > per_token[0]]
+        self._least_cost = min(dearer, default=1.0)
+        self._gains = torch.empty(self.rows, self.span, device=device)
+        self._held = torch.zeros(self.rows, self.span, dtype=torch.int8, device=device)
 
-def _cheapest(losses: torch.Tensor, prices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Least priced loss of each token and its option, the first among equals.
+    def lagrangian(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Solve the problem in which a token may take any share of a page.
 
-    Args:
-        losses: ``[options, ...]``.
-        prices: ``[options, ...]``, broadcast to them.
-    """
-    least = losses[0] + prices[0]
-    option = torch.zeros_like(least, dtype=torch.int64)
-    for index in range(1, losses.shape[0]):
-        priced = losses[index] + prices[index]
-        option = torch.where(priced < least, index, option)
-        least = torch.minimum(least, priced)
-    return least, option
+        Returns:
+            The least price at which the pages suffice, float64 ``[pools]``; tokens wanted when the
+            pages left at that price go to tokens that would take them at any lower one, float64
+            ``[pools, heads, options]``; and the dual's value, ``[pools]``.
+        """
+        most = self.losses.amax((1, 3)).view(-1, self.per_pool).amax(1, keepdim=True)
+        high = most.double() / self._least_cost + 1e-30
+        low = high * _PRICE_RANGE
+        number = kernels.PRICES.value
+        steps = _constant(
+            tuple(i / (number + 1) for i in range(number + 2)), torch.float64, high.device
+        )
+        for _ in range(_ROUNDS):
+            edges = low * (high / low) ** steps
+            above = (self._asked(edges[:, 1:-1]) > self._budget).sum(1, keepdim=True)
+            low, high = edges.gather(1, above), edges.gather(1, above + 1)
+        counts, totals = self._counts(torch.cat((torch.zeros_like(low), low, high), 1))
+        asked = (counts * self.costs).sum((2, 3))
+        left = (self._budget - asked[:, 2:]) / (asked[:, 1:2] - asked[:, 2:])
+        left = left.nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).view(-1, 1, 1)
+        free = asked[:, :1] <= self._budget
+        wanted = torch.where(
+            free.unsqueeze(2), counts[:, 0], counts[:, 2] + left * (counts[:, 1] - counts[:, 2])
+        )
+        price = torch.where(free, 0.0, high).squeeze(1)
+        # At price 0 pages are free, which is a bound as well.
+        bound = torch.maximum(totals[:, 2] - high.squeeze(1) * self.pages, totals[:, 0])
+        return price, wanted, bound
 
+    def _asked(self, prices: torch.Tensor) -> torch.Tensor:
+        """Pages that pools would take at ``PRICES`` prices each, float64 ``[pools, PRICES]``."""
+        pages = torch.empty(self.rows, prices.shape[1], device=prices.device)
+        kernels.ask_pages[(self.rows,)](
+            self.losses,
+            self.heads,
+            self.span,
+            self.per_pool,
+            self.costs,
+            prices.float().contiguous(),
+            pages,
+            OPTIONS=self.options,
+            num_warps=kernels.NUM_WARPS,
+        )
+        return pages.double().view(-1, self.per_pool, prices.shape[1]).sum(1)
 
-def _counts(option: torch.Tensor, options: int) -> torch.Tensor:
-    """Tokens of each option: int64 ``[..., options]`` of ``[..., span]``."""
-    return torch.stack([(option == index).sum(-1) for index in range(options)], -1)
+    def _counts(self, prices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of each option at some prices, and the least priced losses of all tokens.
 
+        Returns:
+            int64 ``[pools, prices, heads, options]``; float64 ``[pools, prices]``.
+        """
+        number = prices.shape[1]
+        shape, device = (self.rows, number), prices.device
+        counts = torch.empty(*shape, self.options, dtype=torch.int32, device=device)
+        totals = torch.empty(shape, dtype=torch.float64, device=device)
+        kernels.count_options[shape](
+            self.losses,
+            self.heads,
+            self.span,
+            self.per_pool,
+            self.costs,
+            prices,
+            counts,
+            totals,
+            OPTIONS=self.options,
+            PADDED=triton.next_power_of_2(self.options),
+            num_warps=kernels.NUM_WARPS,
+        )
+        counts = counts.long().view(-1, self.per_pool, number, self.options).transpose(1, 2)
+        return counts, totals.view(-1, self.per_pool, number).sum(1)
 
-def _lagrangian(
-    losses: torch.Tensor, costs: torch.Tensor, capacity: tuple[int, ...], budget: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least price of a page at which ``budget`` pages suffice, tokens taking any share of one.
+    def whole_pages(self, price: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Tokens that each option may hold, int64 ``[rows, options]``; option 0 takes the rest.
 
-    Returns:
-        float64, one element; and options, int64 ``[kv_heads, span]``, when the pages left at that
-        price are given to tokens that would take them at any lower one.
-    """
-    device, options = losses.device, len(capacity)
-    per_page = [1 / c if c else 0.0 for c in capacity]
-    dearer = [cost - per_page[0] for cost in per_page if cost > per_page[0]]
-    high = losses.amax() / min(dearer, default=1.0) + 1e-30
-    low = high * 1e-12
-    steps = _constant(tuple(i / (_PRICES + 1) for i in range(_PRICES + 2)), torch.float64, device)
-    flat = costs.flatten()
+        Lists start below what they want. Giving one of them another page costs priced loss: that of
+        the tokens that would come next. The cheapest pages are given first, as long as all fit.
+        """
+        device, steps = price.device, _PAGES_BELOW + _PAGES_ABOVE
+        lists = _constant(self.capacity[1:], torch.int64, device)
+        base = (wanted[..., 1:] / lists).floor().long().sub(_PAGES_BELOW).clamp_min(0)
+        step = torch.arange(steps + 1, device=device)
+        ends = ((base.unsqueeze(-1) + step) * lists.unsqueeze(-1)).clamp_max(self.span)
+        paid = price.view(-1, 1, 1) * self.costs
+        rows = paid.expand(-1, self.per_pool, -1).reshape(self.rows, -1).float()
+        cost = torch.empty(*base.shape, steps, dtype=torch.float64, device=device)
+        sums = torch.empty(self.rows, steps + 1, dtype=torch.float64, device=device)
+        for index in range(1, self.options):
+            self._find_gains(index, rows, kernels.ALL)
+            ranks = ends[:, :, index - 1].reshape(self.rows, -1).contiguous()
+            kernels.top_sums[tuple(ranks.shape)](
+                self._gains, self.span, ranks, sums, num_warps=kernels.NUM_WARPS
+            )
+            gained = sums.view(-1, self.per_pool, steps + 1)
+            gained = gained - ends[:, :, index - 1] * paid[..., index : index + 1]
+            cost[:, :, index - 1] = -gained.diff(dim=-1)
+        rank = cost.flatten(1).argsort(dim=1, stable=True).argsort(dim=1).view_as(cost)
+        given = torch.arange(cost[0].numel() + 1, device=device)
+        taken = rank.unsqueeze(1) < given.view(1, -1, 1, 1, 1)
+        room = _filled(base.unsqueeze(1) + taken.sum(-1), self.capacity, self.span)
+        pages = sum(-(room[..., i] // -c) for i, c in enumerate(self.capacity) if c)
+        fits = pages.sum(-1) <= self.pages.unsqueeze(1)
+        most = torch.where(fits, given, 0).amax(1).view(-1, 1, 1, 1)
+        room = room.gather(1, most.expand(-1, 1, *room.shape[2:]))
+        return room.reshape(self.rows, -1)
 
-    def suffices(prices: torch.Tensor) -> torch.Tensor:
-        _, option = _cheapest(losses.unsqueeze(1), costs.unsqueeze(1) * prices.view(-1, 1, 1))
-        return (_counts(option, options).sum(1) * flat).sum(-1) <= budget
+    def assign(self, price: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """Fill the lists: option of each token, int8 ``[rows, span]``.
 
-    for _ in range(_ROUNDS):
-        edges = low * (high / low) ** steps
-        above = (~suffices(edges[1:-1])).sum().view(1)
-        low, high = (edges.index_select(0, above + i).squeeze(0) for i in (0, 1))
-    free = suffices(torch.zeros_like(low).view(1))[0]
-    low, high = (torch.where(free, 0.0, price) for price in (low, high))
-    _, option = _cheapest(losses, costs * high)
-    _, richer = _cheapest(losses, costs * low)
-    whole = (flat * _FIXED_POINT).round().long()
-    left = budget * _FIXED_POINT - whole[option].sum()
-    more = (whole[richer] - whole[option]).flatten().cumsum(0).view_as(option)
-    return high, torch.where(more <= left, richer, option)
+        Args:
+            price: where the lists' prices start from, float64 ``[pools]``.
+            room: tokens of each option, int64 ``[rows, options]``.
+        """
+        start = price.unsqueeze(1) * (self.costs - self.costs[0])
+        prices = start.repeat_interleave(self.per_pool, 0, output_size=self.rows).float()
+        options = range(self.options - 1, 0, -1)
+        for _ in range(_CLEARINGS):
+            for index in options:
+                self._find_gains(index, prices, kernels.ALL)
+                kernels.clear_list[(self.rows,)](
+                    self._gains,
+                    self.span,
+                    room,
+                    prices,
+                    LIST=index,
+                    OPTIONS=self.options,
+                    DROP=self.drop,
+                    num_warps=kernels.NUM_WARPS,
+                )
+        for index in options:
+            self._find_gains(index, prices, kernels.CHEAPER)
+            self._fill(index, room[:, index].contiguous())
+        # What room is left goes to those who gain by it, whatever it was to cost.
+        for index in options:
+            self._find_gains(index, prices, kernels.HELD)
+            self._fill(index, room[:, index] - (self._held == index).sum(1))
+        return self._held
 
+    def _find_gains(self, index: int, prices: torch.Tensor, over: int) -> None:
+        kernels.list_gains[(triton.cdiv(self.span, kernels.TILE.value), self.rows)](
+            self.losses,
+            self.heads,
+            self.span,
+            prices,
+            self._held,
+            self._gains,
+            LIST=index,
+            OPTIONS=self.options,
+            OVER=over,
+            DROP=self.drop,
+        )
 
-def _whole_pages(
-    priced: torch.Tensor, option: torch.Tensor, capacity: tuple[int, ...], num_pages: int
-) -> torch.Tensor:
-    """Tokens that each option may hold, int64 ``[kv_heads, options]``; option 0 takes the rest.
-
-    Lists start below what they want. Giving one of them another page costs priced loss: that of
-    the tokens that would come next. The cheapest pages are given first, as long as all fit.
-    """
-    heads, span = option.shape
-    lists = _constant(capacity[1:], torch.int64, option.device)
-    base = (_counts(option, len(capacity))[:, 1:] // lists - _PAGES_BELOW).clamp_min(0)
-    step = torch.arange(_PAGES_BELOW + _PAGES_ABOVE + 1, device=option.device)
-    peak = priced.amax() + 1e-30
-    costs = []
-    for index in range(1, len(capacity)):
-        gains = ((_others(priced, index) - priced[index]) / peak).sort(dim=1, descending=True)
-        total = (gains.values * _FIXED_POINT).round().long().cumsum(1)
-        total = torch.cat((torch.zeros_like(total[:, :1]), total), 1)
-        ends = (base[:, index - 1 : index] + step) * capacity[index]
-        costs.append(-total.gather(1, ends.clamp_max(span)).diff(dim=1))
-    cost = torch.stack(costs, 1) if costs else base.new_zeros(heads, 0, len(step) - 1)
-    rank = cost.flatten().argsort(stable=True).argsort().view_as(cost)
-    given = torch.arange(cost.numel() + 1, device=option.device)
-    pages = base + (rank < given.view(-1, 1, 1, 1)).sum(-1)
-    room = _filled(pages, capacity, span)
-    taken = sum(-(room[..., i] // -c) for i, c in enumerate(capacity) if c)
-    fits = taken.sum(-1) <= num_pages
-    most = torch.where(fits, given, 0).amax().view(1)
-    return room.index_select(0, most).squeeze(0)
+    def _fill(self, index: int, room: torch.Tensor) -> None:
+        kernels.fill_list[(self.rows,)](
+            self._gains, self.span, room, self._held, LIST=index, num_warps=kernels.NUM_WARPS
+        )
 
 
 def _filled(pages: torch.Tensor, capacity: tuple[int, ...], span: int) -> torch.Tensor:
@@ -175,61 +295,3 @@ def _filled(pages: torch.Tensor, capacity: tuple[int, ...], span: int) -> torch.
         room.append(torch.minimum(pages[..., index - 1] * capacity[index], rest))
         rest = rest - room[-1]
     return torch.stack((rest, *reversed(room)), -1)
-
-
-def _others(priced: torch.Tensor, index: int) -> torch.Tensor:
-    """Least priced loss among the other options."""
-    return torch.cat((priced[:index], priced[index + 1 :])).amin(0)
-
-
-def _assign(
-    losses: torch.Tensor, prices: torch.Tensor, room: torch.Tensor, drop: bool
-) -> torch.Tensor:
-    """Fill the lists: int64 ``[kv_heads, span]``.
-
-    Args:
-        losses: float64 ``[options, kv_heads, span]``.
-        prices: where the lists' prices start from, float64 ``[options, 1, 1]``.
-        room: tokens of each option, int64 ``[kv_heads, options]``.
-        drop: whether lists may stay part empty, option 0 taking any number.
-    """
-    options, heads, span = losses.shape
-    prices = (prices - prices[0]).expand(options, heads, 1).clone()
-    for _ in range(_CLEARINGS):
-        for index in range(options - 1, 0, -1):
-            gains = _others(losses + prices, index) - losses[index]
-            cleared = _clearing_price(gains, room[:, index : index + 1])
-            prices[index] = cleared.clamp_min(0) if drop else cleared
-    priced = losses + prices
-    option = torch.zeros(heads, span, dtype=torch.int64, device=losses.device)
-    for index in range(options - 1, 0, -1):
-        gains = priced[:index].amin(0) - priced[index]
-        taken = (option > 0) | (gains < 0) if drop else option > 0
-        picked = _best(gains.masked_fill(taken, -torch.inf), room[:, index : index + 1])
-        option = torch.where(picked & ~taken, index, option)
-    # What room is left goes to those who gain by it, whatever it was to cost.
-    for index in range(options - 1, 0, -1):
-        now = losses.gather(0, option.unsqueeze(0)).squeeze(0)
-        gains = now - losses[index]
-        left = room[:, index : index + 1] - (option == index).sum(1, keepdim=True)
-        waiting = (option != index) & (gains > 0)
-        picked = _best(gains.masked_fill(~waiting, -torch.inf), left)
-        option = torch.where(picked & waiting, index, option)
-    return option
-
-
-def _clearing_price(gains: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
-    """Price at which so many tokens of each row gain more: ``[rows, 1]`` of ``[rows, span]``."""
-    span = gains.shape[1]
-    ranked = gains.sort(dim=1, descending=True).values
-    last_in = ranked.gather(1, (room - 1).clamp_min(0))
-    first_out = ranked.gather(1, room.clamp_max(span - 1))
-    price = torch.where(room > 0, (last_in + first_out) / 2, last_in + last_in.abs() + 1e-30)
-    return torch.where(room < span, price, last_in)
-
-
-def _best(gains: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Which tokens of each row are among its ``count`` largest gains, earlier ones among equals."""
-    order = gains.argsort(dim=1, descending=True, stable=True)
-    within = torch.arange(gains.shape[1], device=gains.device) < count
-    return torch.zeros_like(within).scatter_(1, order, within)

@@ -23,6 +23,13 @@ class TritonKernels:
     allocation are tensors of one element there.
     """
 
+    layers_at_once = 64
+    """All of most models': their losses take less memory than one layer of their prompt."""
+
+    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        return torch.bmm(vectors.float(), encoder)
+
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,9 +48,14 @@ class TritonKernels:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`; writes out no score matrix."""
         return loss_sums(queries, keys, candidates, span, scale, variant)
 
-    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
+    def allocate(
+        self,
+        losses: Sequence[torch.Tensor],
+        formats: FormatSet,
+        budgets: Sequence[Sequence[int]],
+    ) -> list[Allocation]:
         """See :func:`mdkv_vllm.triton_kernels.allocate.allocate`, near the reference's optimum."""
-        return allocate(losses, formats, num_pages)
+        return allocate(losses, formats, budgets)
 
     def pack(
         self,
@@ -52,10 +64,7 @@ class TritonKernels:
         choice: torch.Tensor,
         geometry: PageGeometry,
         pages: torch.Tensor,
-        first_page: torch.Tensor | int = 0,
+        first_page: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`.
-
-        ``first_page`` says where the lists start, on the device if need be.
-        """
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
         pack(vectors, formats, choice, geometry, pages, first_page)

@@ -203,14 +203,14 @@ def pack_list_page(
 
 
 def list_table(
-    choice: torch.Tensor, formats: FormatSet, first_page: torch.Tensor | int
+    choice: torch.Tensor, formats: FormatSet, first_page: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens are in which list, on the device.
 
     Args:
         choice: integer ``[kv_heads, span]``, index into ``formats.formats``, or -1.
         formats: the formats allowed.
-        first_page: where the first list starts; a tensor of one integer needs no synchronisation.
+        first_page: where the first list starts, int64 of one element.
 
     Returns:
         int64 ``[kv_heads, span]``, tokens by choice and then by position; and int64 ``[kv_heads,
@@ -235,7 +235,7 @@ def pack(
     choice: torch.Tensor,
     geometry: PageGeometry,
     pages: torch.Tensor,
-    first_page: torch.Tensor | int = 0,
+    first_page: torch.Tensor,
 ) -> None:
     """See :meth:`mdkv_vllm.core.kernels.CompressionKernels.pack`; any float type.
 
@@ -248,7 +248,7 @@ def pack(
         choice: integer ``[kv_heads, span]``, index into ``formats.formats``, or -1.
         geometry: the cache's sizes.
         pages: written, uint8 ``[pages, page_bytes]``, contiguous; those beyond the lists are left.
-        first_page: the first page of the first list.
+        first_page: the first page of the first list, int64 of one element.
     """
     heads, span = choice.shape
     order, lists = list_table(choice, formats, first_page)

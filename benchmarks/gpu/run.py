@@ -1,4 +1,4 @@
-"""Check, sanitise and time the decode kernels on a GPU, with torch and triton alone.
+"""Check, sanitise and time decoding and compression on a GPU, with torch and triton alone.
 
     python benchmarks/gpu/run.py --json results/gpu.json
 
@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PARTS = ("check", "sanitize", "time")
+PARTS = ("check", "sanitize", "compress", "time")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failures += _check(results, options)
         elif part == "sanitize":
             failures += _sanitize(results)
+        elif part == "compress":
+            failures += _compress(results)
         else:
             failures += _time(results, options, deadline)
         results.setdefault("seconds", {})[part] = round(time.monotonic() - started, 1)
@@ -95,11 +97,15 @@ def machine() -> dict[str, Any]:
 
 
 def _check(results: dict[str, Any], options: argparse.Namespace) -> int:
+    from itertools import chain
+
     from gpu.check import check_all
+    from gpu.compress_check import check_all_compression
     from gpu.report import plain
 
     outcomes = []
-    for outcome in check_all(options.quick, results["seed"], options.workers):
+    how = options.quick, results["seed"], options.workers
+    for outcome in chain(check_all(*how), check_all_compression(*how)):
         outcomes.append(plain(vars(outcome)))
         state = "; ".join(outcome.failures) or "ok"
         print(f"check {outcome.name}: error {outcome.error:.1e}, {state}", flush=True)
@@ -121,6 +127,23 @@ def _sanitize(results: dict[str, Any]) -> int:
             print(found.message)
     results["sanitizer"] = [vars(found) for found in findings]
     return sum(found.failed for found in findings)
+
+
+def _compress(results: dict[str, Any]) -> int:
+    import torch
+
+    from gpu.compress_time import time_compression
+
+    results["compression"] = []
+    try:
+        generator = torch.Generator("cuda").manual_seed(results["seed"])
+        for timed in time_compression(generator):
+            results["compression"].append(timed.as_json())
+            print("\n".join(timed.lines), flush=True)
+    except Exception:  # the other parts are worth having
+        traceback.print_exc()
+        return 1
+    return 0
 
 
 def _time(results: dict[str, Any], options: argparse.Namespace, deadline: float) -> int:

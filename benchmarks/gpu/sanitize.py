@@ -1,4 +1,4 @@
-"""compute-sanitizer on a small case, and on one with a fault planted that it has to find."""
+"""compute-sanitizer on small cases, and on one with a fault planted that it has to find."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import leases
@@ -16,6 +16,7 @@ import torch
 from leases import Model
 
 from .check import EVERY_FORMAT
+from .compress_check import CASES, check_compression
 from .trial import Trial
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
@@ -55,7 +56,7 @@ class Finding:
 
 
 def small_case(planted: bool) -> None:
-    """Call the kernel once, with every format; this runs under the tool."""
+    """Decode once, with every format, and compress a short prompt; this runs under the tool."""
     model = Model(EVERY_FORMAT, query_dtype=torch.bfloat16)
     case = leases.Case(model, leases.ragged(model.layout().min_blocks + 2), torch.seed() % 2**31)
     trial = Trial(case, len(case.totals), torch.device("cuda"))
@@ -66,6 +67,10 @@ def small_case(planted: bool) -> None:
     torch.cuda.synchronize()
     if not planted and (wrong := trial.errors().wrong):
         raise AssertionError(wrong)
+    if not planted:
+        prompt = replace(CASES[0], tokens=300, layers=1, kv_heads=2)
+        if wrong := check_compression(prompt, "cuda", torch.seed() % 2**31).failures:
+            raise AssertionError(wrong)
 
 
 def find_all() -> list[Finding] | None:

@@ -13,7 +13,7 @@ taken; a knapsack over those tables hands out the pages. The result is optimal w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,36 @@ def allocate(losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Alloca
     objective = float(losses.gather(0, option.unsqueeze(0)).sum())
     tokens = torch.tensor([f.counts for f in fillings])[:, int(formats.drop) :]
     return Allocation(option - int(formats.drop), tokens, objective, lower_bound)
+
+
+def allocate_layers(
+    allocate_pool: Callable[[torch.Tensor, FormatSet, int], Allocation],
+    losses: Sequence[torch.Tensor],
+    formats: FormatSet,
+    budgets: Sequence[Sequence[int]],
+) -> list[Allocation]:
+    """Choose formats for several layers, one pool of pages after the other.
+
+    Args:
+        allocate_pool: as :func:`allocate`.
+        losses: per layer, ``[options, kv_heads, span]``.
+        formats: the formats allowed.
+        budgets: per layer, the pages of each of its pools; its heads are divided evenly among
+            them, in order.
+    """
+    layers = []
+    for layer, pages in zip(losses, budgets, strict=True):
+        pools = zip(layer.chunk(len(pages), dim=1), pages, strict=True)
+        parts = [allocate_pool(part, formats, budget) for part, budget in pools]
+        layers.append(
+            Allocation(
+                torch.cat([part.choice for part in parts]),
+                torch.cat([part.tokens for part in parts]),
+                sum(part.objective for part in parts),
+                sum(part.lower_bound for part in parts),
+            )
+        )
+    return layers
 
 
 def _lagrangian(

@@ -33,6 +33,10 @@ class Basis:
         """The bases of some KV heads of every layer."""
         return Basis(self.keys[:, heads].contiguous(), self.values[:, heads].contiguous())
 
+    def to(self, device: torch.device) -> Basis:
+        """The same bases on a device."""
+        return Basis(self.keys.to(device), self.values.to(device))
+
     def truncate(self, rank: int) -> Basis:
         """Keep the first ``rank`` columns."""
         return Basis(self.keys[..., :rank].contiguous(), self.values[..., :rank].contiguous())
@@ -59,12 +63,14 @@ def principal_basis(second_moment: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 @cache
-def hadamard(size: int) -> torch.Tensor:
+def hadamard(size: int, device: torch.device | None = None) -> torch.Tensor:
     """A symmetric orthonormal Hadamard matrix, float32 ``[size, size]``.
 
     Sizes that are no power of two get the largest Sylvester block that divides them,
-    repeated along the diagonal.
+    repeated along the diagonal. A device gets it once.
     """
+    if device is not None:
+        return hadamard(size).to(device)
     block = size & -size
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < block:

@@ -1,15 +1,26 @@
-"""Compress one prompt: losses, allocation and packing, a layer at a time.
+"""Compress one prompt: losses, allocation and packing.
 
-Extra memory at its peak, whatever the batch: the packed lease, plus one layer in float32 (its
-keys and values as read and once per rotation in use, its keys as read back from each
-quantised format), plus what the kernels need: a few tiles, or with the torch reference a few
-score matrices of ``window * group`` rows by the prompt's tokens, for as many heads as fit
-:data:`mdkv_vllm.core.kernels.SCORE_ELEMENTS`.
+Layers are taken in groups of the kernels' ``layers_at_once``: the losses of a whole group first,
+then one allocation for all of them, then packing. On CPU a group is one layer. On a GPU it is
+many, for an allocation is a long row of launches whatever its size; a layer is then loaded and
+rotated a second time for packing, which is cheaper than keeping it.
+
+Extra memory at its peak, whatever the batch:
+
+- the packed lease;
+- one layer: its keys and values as read, once more in float32 per rotation in use, and its keys as
+  read back from each quantised format, float32;
+- what the kernels need: a few tiles, or with the torch reference a few score matrices of ``window *
+  group`` rows by the prompt's tokens, for as many heads as fit
+  :data:`mdkv_vllm.core.kernels.SCORE_ELEMENTS`;
+- for each token, head and layer of a group: its losses (4 bytes per option), its choice (8), and
+  what the allocation needs of its own. For 32 layers and the default formats that is about as
+  much as the float32 keys and values of one layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,12 +35,17 @@ from mdkv_vllm.core.loss import Candidate, losses_from_sums
 from mdkv_vllm.core.plan import LeasePlan
 
 LoadLayer = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-"""Layer index to float32 keys and values ``[kv_heads, prompt_tokens, head_size]``."""
+"""Layer index to keys and values ``[kv_heads, prompt_tokens, head_size]``, innermost contiguous, on
+the prompt's device; float32, or any float type that the kernels take. May be called up to three
+times for a layer, and has to give the same each time."""
+
+Encoders = tuple[torch.Tensor, torch.Tensor]
+"""Encoders of K and V, each ``[kv_heads, head_size, rank]``."""
 
 
 @dataclass
 class CompressedPrompt:
-    """A compressed prompt before it is written into its lease.
+    """A compressed prompt before it is written into its lease; on the prompt's device.
 
     Attributes:
         pages: uint8 ``[num_lease_blocks * layers * kv_heads, page_bytes]``.
@@ -46,11 +62,16 @@ class CompressedPrompt:
 class Compressor:
     """Everything about compression that does not change from prompt to prompt.
 
+    Work is done on the device of the prompt's queries. Nothing here waits for it but the
+    decomposition of a prompt's own basis (``layout.prompt_basis_rank``), once per group of layers,
+    and whatever the kernels do.
+
     Attributes:
         layout: what leases look like.
         loss: one of :data:`mdkv_vllm.core.loss.LOSSES`.
         scale: factor of the attention scores.
-        basis: calibrated basis; None where no format needs one or it is the prompt's own.
+        basis: calibrated basis, copied to a device once; None where no format needs one or it
+            is the prompt's own.
         heads: how heads share a lease's pages (MixedDimKV-H); None: layers share them evenly, and
             the heads of a layer compete for theirs (MixedDimKV).
         kernels: how the slow parts are done; plain torch unless others are given.
@@ -62,6 +83,7 @@ class Compressor:
     basis: Basis | None = None
     heads: HeadBudgets | None = None
     kernels: CompressionKernels = field(default_factory=ReferenceKernels)
+    _bases: dict[torch.device, Basis] = field(default_factory=dict, init=False, repr=False)
 
     def compress(
         self,
@@ -75,34 +97,47 @@ class Compressor:
         Args:
             load_layer: reads one layer of the prompt from the cache.
             queries: float32 ``[layers, query_heads, window, head_size]``, the prompt's last
-                ``window`` queries after rotary embedding.
+                ``window`` queries after rotary embedding; any float type that the kernels take.
             plan: the prompt's lease plan.
             keep_allocations: keep each layer's choices, for reports.
+
+        Raises:
+            ValueError: nothing may be dropped and the plan has too few pages for that.
         """
-        layout, geometry, formats = self.layout, self.layout.geometry, self.layout.formats
+        layout, formats, device = self.layout, self.layout.formats, queries.device
         num_pages = plan.num_lease_blocks * layout.pages_per_block
-        pages = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
-        capacity = torch.tensor([f.tokens_per_page for f in formats.formats])
-        tokens = torch.zeros(layout.table_shape[:3], dtype=torch.int64)
+        pages = torch.zeros(num_pages, layout.geometry.page_bytes, dtype=torch.uint8, device=device)
+        tokens = torch.zeros(layout.table_shape[:3], dtype=torch.int64, device=device)
         result = CompressedPrompt(pages, tokens)
-        first = layout.lists_first_page
-        for layer, budgets in enumerate(self._page_budgets(plan)):
-            keys, values = load_layer(layer)
-            rotations = self._rotations(layer, keys, values, plan.span_tokens, formats)
-            span = _Span(keys, values, plan.span_tokens, rotations)
-            losses = self._losses(span, queries[layer], formats)
-            chosen = self._allocate(losses, budgets)
-            tokens[layer] = chosen.tokens
-            vectors = [span.rotated(f) for f in formats.formats]
-            self.kernels.pack(vectors, formats, chosen.choice, geometry, pages[first:])
-            first += int(((chosen.tokens + capacity - 1) // capacity).sum())
-            if layout.prompt_basis_rank:
-                self._store_basis(rotations[Rotation.BASIS], pages, layer)
+        first = torch.full((), layout.lists_first_page, dtype=torch.int64, device=device)
+        budgets = self._page_budgets(plan)
+        for start in range(0, layout.num_layers, self.kernels.layers_at_once):
+            layers = range(layout.num_layers)[start : start + self.kernels.layers_at_once]
+            spans = _Spans(self, load_layer, plan.span_tokens, layers)
+            losses = [self._losses(spans.layer(i), queries[i], formats) for i in layers]
+            chosen = self.kernels.allocate(losses, formats, budgets[layers.start : layers.stop])
+            del losses
+            for layer, allocation in zip(layers, chosen, strict=True):
+                vectors = [spans.layer(layer).rotated(f) for f in formats.formats]
+                self.kernels.pack(
+                    vectors, formats, allocation.choice, layout.geometry, pages, first
+                )
+                tokens[layer] = allocation.tokens
+                first = first + formats.pages(allocation.tokens).sum()
+            for layer, encoders in spans.prompt_bases.items():
+                self._store_basis(encoders, pages, layer)
             if keep_allocations:
-                result.allocations.append(chosen)
+                result.allocations += chosen
         table = layout.page_table(tokens).contiguous().view(torch.uint8).flatten()
         pages[: layout.table_pages].view(-1)[: table.numel()] = table
         return result
+
+    def basis_on(self, device: torch.device) -> Basis:
+        """The calibrated basis on a device."""
+        assert self.basis is not None
+        if device not in self._bases:
+            self._bases[device] = self.basis.to(device)
+        return self._bases[device]
 
     def _page_budgets(self, plan: LeasePlan) -> list[list[int]]:
         """Pages per layer: of every head by itself, or of all its heads together."""
@@ -112,43 +147,6 @@ class Compressor:
         most = formats.formats[-1].pages(plan.span_tokens)
         least = 0 if formats.drop else formats.formats[0].pages(plan.span_tokens)
         return self.heads.pages(layout.list_pages(plan.num_lease_blocks), least, most).tolist()
-
-    def _allocate(self, losses: torch.Tensor, budgets: list[int]) -> Allocation:
-        """Choose formats for one layer, its heads divided evenly among the budgets."""
-        parts = [
-            self.kernels.allocate(part, self.layout.formats, budget)
-            for part, budget in zip(losses.chunk(len(budgets), dim=1), budgets, strict=True)
-        ]
-        return Allocation(
-            torch.cat([part.choice for part in parts]),
-            torch.cat([part.tokens for part in parts]),
-            sum(part.objective for part in parts),
-            sum(part.lower_bound for part in parts),
-        )
-
-    def _rotations(
-        self,
-        layer: int,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        span: int,
-        formats: FormatSet,
-    ) -> dict[Rotation, tuple[torch.Tensor, torch.Tensor]]:
-        """Encoders of K and V, each ``[kv_heads, head_size, rank]``, per rotation in use."""
-        used = {f.rotation for f in formats.formats}
-        rotations = {}
-        heads, head_size = keys.shape[0], keys.shape[2]
-        if Rotation.HADAMARD in used:
-            matrix = hadamard(head_size).expand(heads, -1, -1)
-            rotations[Rotation.HADAMARD] = (matrix, matrix)
-        if rank := self.layout.prompt_basis_rank:
-            moments = [torch.bmm(x[:, :span].transpose(1, 2), x[:, :span]) for x in (keys, values)]
-            encoders = [principal_basis(m, rank).to(self.layout.geometry.dtype) for m in moments]
-            rotations[Rotation.BASIS] = (encoders[0].float(), encoders[1].float())
-        elif Rotation.BASIS in used:
-            assert self.basis is not None
-            rotations[Rotation.BASIS] = (self.basis.keys[layer], self.basis.values[layer])
-        return rotations
 
     def _losses(self, span: _Span, queries: torch.Tensor, formats: FormatSet) -> torch.Tensor:
         """Losses of one layer, float32 ``[options, kv_heads, span]``."""
@@ -173,7 +171,7 @@ class Compressor:
     def _candidate(self, span: _Span, fmt: PageFormat, queries: torch.Tensor) -> Candidate:
         """The span as ``fmt`` would hold it; queries ``[kv_heads, rows, rank or more]``."""
         keys, values = span.rotated(fmt)
-        error = torch.zeros(values.shape[:2])
+        error = torch.zeros(values.shape[:2], device=values.device)
         if fmt.rank < span.values.shape[-1]:
             # Orthonormal columns: what the projection loses is what it does not hold.
             lost = span.value_norms().square() - values.square().sum(-1)
@@ -183,9 +181,7 @@ class Compressor:
             error = error + rounding
         return Candidate(queries[..., : fmt.rank], keys, error.sqrt())
 
-    def _store_basis(
-        self, encoders: tuple[torch.Tensor, torch.Tensor], pages: torch.Tensor, layer: int
-    ) -> None:
+    def _store_basis(self, encoders: Encoders, pages: torch.Tensor, layer: int) -> None:
         """Write a layer's prompt basis, ``[rank][head_size]`` of K then V per head."""
         layout = self.layout
         both = torch.stack(encoders, 1).transpose(-1, -2).to(layout.geometry.dtype).contiguous()
@@ -204,21 +200,24 @@ class _Span:
         keys: torch.Tensor,
         values: torch.Tensor,
         span: int,
-        rotations: dict[Rotation, tuple[torch.Tensor, torch.Tensor]],
+        rotations: dict[Rotation, Encoders],
+        kernels: CompressionKernels,
     ) -> None:
         self.keys, self.values, self.span, self.rotations = keys, values, span, rotations
-        self._norms = values[:, :span].norm(dim=-1)
-        self._rotated: dict[Rotation, tuple[torch.Tensor, torch.Tensor]] = {
+        self._norms: torch.Tensor | None = None
+        self._rotated: dict[Rotation, Encoders] = {
             Rotation.IDENTITY: (keys[:, :span], values[:, :span])
         }
         for rotation, (encode_keys, encode_values) in rotations.items():
             self._rotated[rotation] = (
-                torch.bmm(keys[:, :span], encode_keys),
-                torch.bmm(values[:, :span], encode_values),
+                kernels.rotate(keys[:, :span], encode_keys),
+                kernels.rotate(values[:, :span], encode_values),
             )
 
     def value_norms(self) -> torch.Tensor:
         """``|V_t|``: float32 ``[kv_heads, span]``."""
+        if self._norms is None:
+            self._norms = self.values[:, : self.span].norm(dim=-1, dtype=torch.float32)
         return self._norms
 
     def rotated(self, fmt: PageFormat) -> tuple[torch.Tensor, torch.Tensor]:
@@ -228,4 +227,73 @@ class _Span:
 
     def rotate_queries(self, queries: torch.Tensor) -> dict[Rotation, torch.Tensor]:
         """Queries ``[kv_heads, rows, head_size]`` in the space of the keys of each rotation."""
-        return {r: torch.bmm(queries, keys) for r, (keys, _) in self.rotations.items()}
+        return {r: torch.bmm(queries.float(), keys) for r, (keys, _) in self.rotations.items()}
+
+
+class _Spans:
+    """The layers of a group, of which one at a time is in memory.
+
+    Args:
+        compressor: whose formats' rotations are needed.
+        load: reads a layer of the prompt.
+        span: tokens that are compressed.
+        layers: the group.
+
+    Attributes:
+        prompt_bases: encoders of the prompt's own basis by layer; empty where there is none.
+    """
+
+    def __init__(
+        self, compressor: Compressor, load: LoadLayer, span: int, layers: Sequence[int]
+    ) -> None:
+        self._compressor, self._load, self._span = compressor, load, span
+        self._loaded: tuple[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._rotated: tuple[int, _Span] | None = None
+        self.prompt_bases: dict[int, Encoders] = {}
+        if compressor.layout.prompt_basis_rank:
+            self.prompt_bases = self._decompose(layers)
+
+    def layer(self, layer: int) -> _Span:
+        """A layer, with what its rotations make of it; kept until another is asked for."""
+        if self._rotated is None or self._rotated[0] != layer:
+            self._rotated = None  # before the next takes memory
+            keys, values = self._read(layer)
+            rotations = self._rotations(layer, keys)
+            made = _Span(keys, values, self._span, rotations, self._compressor.kernels)
+            self._rotated, self._loaded = (layer, made), None
+        return self._rotated[1]
+
+    def _read(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._loaded is None or self._loaded[0] != layer:
+            self._loaded = None
+            self._loaded = layer, self._load(layer)
+        return self._loaded[1]
+
+    def _decompose(self, layers: Sequence[int]) -> dict[int, Encoders]:
+        """The prompt's own bases, of all the group's layers and heads in one call.
+
+        The one place where compression waits for a GPU: torch looks whether every decomposition
+        converged, once a call.
+        """
+        layout = self._compressor.layout
+        moments = []
+        for layer in layers:
+            some = [x[:, : self._span].float() for x in self._read(layer)]
+            moments.append(torch.stack([torch.bmm(x.transpose(1, 2), x) for x in some]))
+        bases = principal_basis(torch.stack(moments), layout.prompt_basis_rank)
+        bases = bases.to(layout.geometry.dtype).float()
+        return {layer: (keys, values) for layer, (keys, values) in zip(layers, bases, strict=True)}
+
+    def _rotations(self, layer: int, keys: torch.Tensor) -> dict[Rotation, Encoders]:
+        """Encoders per rotation in use."""
+        compressor = self._compressor
+        rotations = {}
+        if Rotation.HADAMARD in {f.rotation for f in compressor.layout.formats.formats}:
+            matrix = hadamard(keys.shape[2], keys.device).expand(keys.shape[0], -1, -1)
+            rotations[Rotation.HADAMARD] = (matrix, matrix)
+        if layer in self.prompt_bases:
+            rotations[Rotation.BASIS] = self.prompt_bases[layer]
+        elif compressor.layout.formats.uses_basis:
+            basis = compressor.basis_on(keys.device)
+            rotations[Rotation.BASIS] = basis.keys[layer], basis.values[layer]
+        return rotations

@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache
 
 import torch
 
@@ -193,6 +194,21 @@ class FormatSet:
     def basis_rank(self) -> int:
         """The highest rank read from the basis; 0 where none is."""
         return max((f.rank for f in self.formats if f.rotation is Rotation.BASIS), default=0)
+
+    def pages(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Pages that lists take: int64 of the same shape.
+
+        Args:
+            tokens: int64 ``[..., formats]``, tokens of each list.
+        """
+        capacity = _capacity(self, tokens.device)
+        return (tokens + capacity - 1) // capacity
+
+
+@cache
+def _capacity(formats: FormatSet, device: torch.device) -> torch.Tensor:
+    """Tokens per page of each format, copied to the device once."""
+    return torch.tensor([f.tokens_per_page for f in formats.formats], device=device)
 
 
 def parse_formats(names: tuple[str, ...], geometry: PageGeometry) -> FormatSet:

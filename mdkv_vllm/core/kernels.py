@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from mdkv_vllm.core.allocate import Allocation, allocate
+from mdkv_vllm.core.allocate import Allocation, allocate, allocate_layers
 from mdkv_vllm.core.formats import CODE_ZERO, FormatSet, PageGeometry
 from mdkv_vllm.core.loss import Candidate, loss_sums, window_logits
 from mdkv_vllm.core.packing import pack_list
@@ -18,7 +18,28 @@ SCORE_ELEMENTS = 1 << 24
 
 
 class CompressionKernels(Protocol):
-    """What compression spends its time on; :class:`ReferenceKernels` is the specification."""
+    """What compression spends its time on; :class:`ReferenceKernels` is the specification.
+
+    Tensors are on one device. Those said to be float32 may be of another float type where an
+    implementation says so.
+    """
+
+    @property
+    def layers_at_once(self) -> int:
+        """Layers whose formats are best chosen in one call of :meth:`allocate`."""
+        ...
+
+    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+        """Multiply by a matrix per head.
+
+        Args:
+            vectors: float32 ``[kv_heads, span, head_size]``, innermost contiguous.
+            encoder: float32 ``[kv_heads, head_size, rank]``.
+
+        Returns:
+            float32 ``[kv_heads, span, rank]``.
+        """
+        ...
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
@@ -60,8 +81,19 @@ class CompressionKernels(Protocol):
         """
         ...
 
-    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
-        """See :func:`mdkv_vllm.core.allocate.allocate`."""
+    def allocate(
+        self,
+        losses: Sequence[torch.Tensor],
+        formats: FormatSet,
+        budgets: Sequence[Sequence[int]],
+    ) -> list[Allocation]:
+        """Choose formats for some layers; see :func:`mdkv_vllm.core.allocate.allocate_layers`.
+
+        Args:
+            losses: per layer, float32 ``[options, kv_heads, span]``.
+            formats: the formats allowed.
+            budgets: per layer, the pages of each part of its heads.
+        """
         ...
 
     def pack(
@@ -71,6 +103,7 @@ class CompressionKernels(Protocol):
         choice: torch.Tensor,
         geometry: PageGeometry,
         pages: torch.Tensor,
+        first_page: torch.Tensor,
     ) -> None:
         """Pack a layer's lists one after the other, by head and then by format.
 
@@ -80,13 +113,21 @@ class CompressionKernels(Protocol):
             formats: the formats allowed.
             choice: int64 ``[kv_heads, span]``, index into ``formats.formats``, or -1.
             geometry: the cache's sizes.
-            pages: written, uint8 ``[pages, page_bytes]``; those beyond the lists are left.
+            pages: written, uint8 ``[pages, page_bytes]``, contiguous; those before and beyond
+                the lists are left.
+            first_page: the first page of the first list, int64 of one element.
         """
         ...
 
 
 class ReferenceKernels:
-    """Plain torch."""
+    """Plain torch, on any device."""
+
+    layers_at_once = 1
+
+    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+        """See :class:`CompressionKernels`."""
+        return torch.bmm(vectors, encoder)
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
@@ -115,9 +156,14 @@ class ReferenceKernels:
             parts.append(loss_sums(logits, mine, span, scale, variant))
         return torch.cat(parts, dim=1)
 
-    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
+    def allocate(
+        self,
+        losses: Sequence[torch.Tensor],
+        formats: FormatSet,
+        budgets: Sequence[Sequence[int]],
+    ) -> list[Allocation]:
         """See :class:`CompressionKernels`."""
-        return allocate(losses, formats, num_pages)
+        return allocate_layers(allocate, losses, formats, budgets)
 
     def pack(
         self,
@@ -126,9 +172,10 @@ class ReferenceKernels:
         choice: torch.Tensor,
         geometry: PageGeometry,
         pages: torch.Tensor,
+        first_page: torch.Tensor,
     ) -> None:
         """See :class:`CompressionKernels`."""
-        first = 0
+        first = int(first_page)
         for head, chosen in enumerate(choice):
             for index, fmt in enumerate(formats.formats):
                 tokens = (chosen == index).nonzero().squeeze(1)

@@ -100,10 +100,9 @@ class LeaseLayout:
             tokens: integer ``[layers, kv_heads, formats]``.
 
         Returns:
-            int32 ``[layers, kv_heads, formats, 2]``: tokens, first page.
+            int32 ``[layers, kv_heads, formats, 2]``: tokens, first page; on the same device.
         """
-        capacity = torch.tensor([f.tokens_per_page for f in self.formats.formats])
-        pages = (tokens + capacity - 1) // capacity
+        pages = self.formats.pages(tokens)
         ends = pages.flatten().cumsum(0)
         first = self.lists_first_page + (ends - pages.flatten()).view_as(pages)
         return torch.stack((tokens, first), dim=-1).to(torch.int32)

@@ -1,4 +1,4 @@
-"""Compression with the CPU kernels."""
+"""Compression with the kernels of a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mdkv_vllm.core.allocate import Allocation
+from mdkv_vllm.core.allocate import Allocation, allocate_layers
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.kernels import CompressionKernels
 from mdkv_vllm.core.loss import Candidate
@@ -18,6 +18,12 @@ class CpuKernels:
 
     The result does not depend on the number of threads.
     """
+
+    layers_at_once = 1
+
+    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        return torch.bmm(vectors, encoder)
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
@@ -46,8 +52,18 @@ class CpuKernels:
             variant == "paper",
         )
 
-    def allocate(self, losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Allocation:
+    def allocate(
+        self,
+        losses: Sequence[torch.Tensor],
+        formats: FormatSet,
+        budgets: Sequence[Sequence[int]],
+    ) -> list[Allocation]:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        return allocate_layers(self._allocate_pool, losses, formats, budgets)
+
+    def _allocate_pool(
+        self, losses: torch.Tensor, formats: FormatSet, num_pages: int
+    ) -> Allocation:
         capacity = format_table(formats)[:, 3].long()
         return Allocation(
             *torch.ops.mdkv.allocate(losses.contiguous(), capacity, formats.drop, num_pages)
@@ -60,6 +76,7 @@ class CpuKernels:
         choice: torch.Tensor,
         geometry: PageGeometry,
         pages: torch.Tensor,
+        first_page: torch.Tensor,
     ) -> None:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
         torch.ops.mdkv.pack_layer(
@@ -67,7 +84,7 @@ class CpuKernels:
             [values for _, values in vectors],
             format_table(formats),
             choice,
-            pages,
+            pages[int(first_page) :],
             geometry.dtype,
         )
 

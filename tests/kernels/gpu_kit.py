@@ -7,6 +7,7 @@ as packages. The interpreter's process imports this module, and so has all of it
 import importlib.util
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -22,10 +23,32 @@ def _load():
 
 _load()
 
-from gpu import check, inputs, loads, measure, reference, report, rivals, sanitize  # noqa: E402
+from gpu import (  # noqa: E402
+    check,
+    compress_check,
+    compress_time,
+    inputs,
+    loads,
+    measure,
+    reference,
+    report,
+    rivals,
+    sanitize,
+)
 from gpu.call import mixed_decode  # noqa: E402
 
-__all__ = ["check", "inputs", "loads", "measure", "reference", "report", "rivals", "sanitize"]
+__all__ = [
+    "check",
+    "compress_check",
+    "compress_time",
+    "inputs",
+    "loads",
+    "measure",
+    "reference",
+    "report",
+    "rivals",
+    "sanitize",
+]
 
 
 def check_variant(model, mix, seed, fault=None):
@@ -82,3 +105,73 @@ FAULTS = {
     "padding written": _padding_written,
     "lse off": _lse_off,
 }
+
+
+class Faulty(compress_check.TritonKernels):
+    """Compression's kernels, of which one spoils what it has made."""
+
+    def __init__(self, method):
+        self._method = method
+
+    def __getattribute__(self, name):
+        function = super().__getattribute__(name)
+        if name.startswith("_") or name != self._method:
+            return function
+
+        def spoilt(*arguments):
+            result = function(*arguments)
+            SPOIL[name](result, arguments)
+            return result
+
+        return spoilt
+
+
+def _spoil_page(_, arguments):
+    pages, first = arguments[4], arguments[5]
+    pages[int(first), 3:40] ^= 0x55
+
+
+SPOIL = {
+    "loss_sums": lambda result, _: result[1, :, 5].mul_(1.1),
+    "round_trip": lambda result, _: result[1].mul_(1.1),
+    "rotate": lambda result, _: result[..., 0].mul_(1.01),
+    "allocate": lambda result, _: result[0].choice[:, :8].fill_(0),
+    "pack": _spoil_page,
+}
+
+
+def check_compression(case, seed, fault=None):
+    kernels = Faulty(fault)
+    # What rounds of clearing gain is little, and they take long here.
+    with mock.patch("mdkv_vllm.triton_kernels.allocate._CLEARINGS", 2):
+        return compress_check.check_compression(case, "cpu", seed, kernels)
+
+
+class _Event:
+    """Of a device that takes a millisecond from event to event."""
+
+    now = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        _Event.now += 1
+        self.at = _Event.now
+
+    def elapsed_time(self, end):
+        return float(end.at - self.at)
+
+
+def time_compression(model, lengths):
+    """All but the clock and the flash kernel, which CPUs have for fewer shapes."""
+    backend = [compress_time.SDPBackend.MATH]
+    with (
+        mock.patch("torch.cuda.Event", _Event),
+        mock.patch("torch.cuda.synchronize"),
+        mock.patch.object(compress_time, "ROUNDS", 1),
+        mock.patch.object(compress_time, "FLASH", backend),
+        mock.patch("mdkv_vllm.triton_kernels.allocate._CLEARINGS", 1),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        return list(compress_time.time_compression(generator, model, lengths))

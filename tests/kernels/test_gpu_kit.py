@@ -15,7 +15,17 @@ import torch
 pytest.importorskip("triton")
 
 import gpu_kit
-from gpu_kit import check, inputs, loads, reference, report, rivals, sanitize
+from gpu_kit import (
+    check,
+    compress_check,
+    compress_time,
+    inputs,
+    loads,
+    reference,
+    report,
+    rivals,
+    sanitize,
+)
 from leases import Model, Request, ragged
 
 from mdkv_vllm.core import reference as specification
@@ -301,6 +311,69 @@ def test_loads_are_timed_one_by_one(monkeypatch):
     assert all(r.note for r in rows if math.isnan(r.microseconds))
     assert list(gpu_kit.measure.measure_all(todo, HOLDINGS, generator, 0.0, skipped)) == []
     assert skipped[-1].endswith("no time left")
+
+
+TINY = compress_check.Case(
+    ("drop", "i8", "full"), 64, 1, kv_heads=1, layers=2, tokens=200, budget=0.5
+)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        TINY,
+        replace(TINY, names=("i4", "r16i8", "full"), by_head=True, dtype=torch.float16),
+        replace(TINY, names=("drop", "r8", "r16"), prompt_basis=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_compression_check_passes(process, case):
+    outcome = process.submit(gpu_kit.check_compression, case, 5).result()
+    assert outcome.failures == ()
+    assert 0 < outcome.error < compress_check.DECODED_ERROR
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("loss_sums", "relative error"),
+        ("round_trip", "Tensor-likes are not close"),
+        ("rotate", "relative error"),
+        ("allocate", "tokens are not those of the choice"),
+        ("pack", ""),
+    ],
+)
+def test_compression_check_finds(process, fault, told):
+    outcome = process.submit(gpu_kit.check_compression, TINY, 5, fault).result()
+    found = [failure for failure in outcome.failures if failure.startswith(f"{fault}: ")]
+    assert len(found) == 1, outcome.failures
+    assert told in found[0]
+
+
+def test_compression_cases_are_various():
+    cases = compress_check.CASES
+    assert {c.dtype for c in cases} == {torch.bfloat16, torch.float16}
+    assert {True, False} == {c.by_head for c in cases} == {c.formats.drop for c in cases}
+    assert len({c.name for c in cases}) == len(cases)
+    assert all(c.plan.num_lease_blocks for c in cases)
+
+
+def test_compression_is_timed(process):
+    """All but the clock, of which every event is a tick."""
+    model = compress_time.Model(HEADS, 2, 32, 48)
+    (timed,) = process.submit(gpu_kit.time_compression, model, (100,)).result()
+    assert timed.seconds == 1e-3
+    # Two layers, each loaded twice with its keys and values rotated.
+    calls = {"load": 4, "rotate": 8, "round_trip": 4, "loss_sums": 2, "allocate": 1, "pack": 2}
+    assert {name: round(s * 1e3) for name, s in timed.parts.items()} == calls
+    weights = 32 * (6 * 2 + 2 * 2) * 64 + 3 * 32 * 48
+    assert model.products(100) == 2 * weights * 2 * 100
+    assert timed.product_seconds == pytest.approx(2 * weights * 200 / timed.product_rate)
+    assert timed.attention_seconds == pytest.approx(2e-3)
+    assert timed.share == pytest.approx(1e-3 / (timed.product_seconds + 2e-3))
+    assert "share 0.1%, aim 3%: reached" in replace(timed, product_seconds=1.0).lines[1]
+    assert "share 50.0%, aim 3%: missed" in replace(timed, product_seconds=0.0).lines[1]
+    assert json.loads(json.dumps(timed.as_json()))["share"] == timed.share
 
 
 @pytest.mark.parametrize(

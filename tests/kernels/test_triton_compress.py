@@ -4,15 +4,18 @@ import interpreter
 import pytest
 import torch
 from compress_calls import InterpretedKernels
-from lists import assert_nearly_the_same_lists
+from lists import ChosenBefore, assert_nearly_the_same_lists
 
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
+from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
+from mdkv_vllm.core.reference import mixed_decode
+from mdkv_vllm.ops.compress import CpuKernels
 
 pytest.importorskip("triton")
 
@@ -160,7 +163,7 @@ def test_pack(kernels, names, geometry):
     found = torch.full((120, geometry.page_bytes), 0xAB, dtype=torch.uint8)
     expected = found.clone()
     kernels.pack(vectors, formats, choice, geometry, found, torch.tensor(2))
-    REFERENCE.pack(vectors, formats, choice, geometry, expected[2:])
+    REFERENCE.pack(vectors, formats, choice, geometry, expected, torch.tensor(2))
     assert (found[:2] == 0xAB).all()
     if all(f.bits >= 8 for f in formats.formats):
         assert torch.equal(found, expected)
@@ -175,9 +178,9 @@ def test_pack_reads_the_caches_own_type(kernels):
     choice = torch.randint(-1, 2, (2, 50))
     found = torch.zeros(20, geometry.page_bytes, dtype=torch.uint8)
     expected = found.clone()
-    kernels.pack(vectors, formats, choice, geometry, found)
+    kernels.pack(vectors, formats, choice, geometry, found, torch.tensor(0))
     in_float = [(keys.float(), values.float()) for keys, values in vectors]
-    REFERENCE.pack(in_float, formats, choice, geometry, expected)
+    REFERENCE.pack(in_float, formats, choice, geometry, expected, torch.tensor(0))
     assert torch.equal(found, expected)
 
 
@@ -186,36 +189,78 @@ def test_pack_writes_no_page_that_is_not_there(kernels):
     formats = parse_formats(("i8", "full"), geometry)
     vectors = vectors_of(formats, 2, 100)
     room = torch.full((9, geometry.page_bytes), 0xAB, dtype=torch.uint8)
-    kernels.pack(vectors, formats, torch.ones(2, 100, dtype=torch.int64), geometry, room[:5])
+    choice = torch.ones(2, 100, dtype=torch.int64)
+    kernels.pack(vectors, formats, choice, geometry, room[:5], torch.tensor(0))
     assert (room[5:] == 0xAB).all()
     keys, _ = unpack_list(room[:5], 80, formats.formats[1], geometry)
     torch.testing.assert_close(keys, vectors[1][0][0, :80].bfloat16().float())
 
 
-@pytest.mark.parametrize("names", [("drop", "i4", "i8", "full"), ("drop", "r8", "r16i8", "full")])
-def test_a_whole_prompt(kernels, names):
-    """Every part in its place: a lease with exact pages, none of them empty."""
-    geometry, layers, heads, window = PageGeometry(16, 64, BF16), 1, 2, 8
+def decoded(result, layout, plan, queries):
+    """Attention over the lease alone, read from an arena in which its blocks are shuffled."""
+    geometry, blocks = layout.geometry, plan.num_lease_blocks
+    shape = layout.pages_per_block, geometry.block_size, 2 * geometry.head_size
+    arena = torch.full((blocks + 3, *shape), torch.nan, dtype=geometry.dtype)
+    places = torch.randperm(blocks + 3, generator=torch.Generator().manual_seed(1))[:blocks]
+    arena[places] = result.pages.view(geometry.dtype).view(blocks, *shape)
+    return [
+        mixed_decode(
+            query.double(),
+            arena,
+            layer,
+            layout,
+            places.int().unsqueeze(0),
+            torch.zeros(len(query), dtype=torch.int32),
+            torch.full((len(query),), blocks * geometry.block_size, dtype=torch.int32),
+            torch.tensor([[0, blocks]], dtype=torch.int32),
+            None,
+            0.125,
+        )[0]
+        for layer, query in enumerate(queries)
+    ]
+
+
+BY_HEAD = HeadBudgets(torch.tensor([[0.1, 5.0], [0.1, 0.4], [2.0, 0.5]]), 0.7)
+
+
+@pytest.mark.parametrize(
+    ("names", "by_head", "most"),
+    [
+        # So few pages leave a finish that is not exhaustive well behind.
+        (("drop", "i4", "i8", "full"), None, 1.3),
+        (("drop", "i8", "full"), BY_HEAD, 1.1),
+        (("drop", "r8", "r16i8", "full"), None, 1.3),
+    ],
+)
+def test_a_whole_prompt(kernels, names, by_head, most):
+    """Every part in its place, in two groups of layers; the reference's bytes for its choice."""
+    geometry, layers, heads, window = PageGeometry(16, 64, BF16), 3, 2, 8
     formats = parse_formats(names, geometry)
-    rank = formats.basis_rank
-    layout = LeaseLayout(geometry, formats, layers, heads, rank)
-    plan = plan_lease(400, LeaseTerms(16, window, 64, 0.4, layout.min_blocks, None))
-    cache = torch.randn(2, heads, 400, 64) * torch.linspace(2, 0.2, 64)
+    layout = LeaseLayout(geometry, formats, layers, heads, formats.basis_rank)
+    plan = plan_lease(300, LeaseTerms(16, window, 64, 0.4, layout.min_blocks, None))
+    cache = (torch.randn(layers, 2, heads, 300, 64) * torch.linspace(2, 0.2, 64)).to(BF16)
     queries = torch.randn(layers, heads * 2, window, 64)
-    found, expected = (
-        Compressor(layout, "hybrid", 0.125, kernels=k).compress(
-            lambda _: (cache[0], cache[1]), queries, plan, True
-        )
-        for k in (kernels, REFERENCE)
+
+    def compress(which, keys_and_values):
+        compressor = Compressor(layout, "hybrid", 0.125, heads=by_head, kernels=which)
+        return compressor.compress(lambda i: keys_and_values[i].unbind(), queries, plan, True)
+
+    found = compress(kernels, cache)  # as the cache has it
+    best = compress(CpuKernels(), cache.float())
+    for ours, theirs in zip(found.allocations, best.allocations, strict=True):
+        assert float(ours.objective) <= theirs.objective * most
+        assert float(ours.lower_bound) == pytest.approx(theirs.lower_bound, rel=0.02)
+    expected = compress(ChosenBefore(found.allocations), cache.float())
+    lists = layout.lists_first_page
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.pages[:lists], expected.pages[:lists])
+    choice = torch.cat([a.choice for a in found.allocations])
+    assert_nearly_the_same_lists(
+        found.pages[lists:], expected.pages[lists:], formats, choice, geometry
     )
-    ours, theirs = found.allocations[0], expected.allocations[0]
-    # So few pages leave a finish that is not exhaustive well behind.
-    assert float(ours.objective) <= theirs.objective * 1.3
-    assert torch.equal(found.tokens[0], ours.tokens)
-    pages = sum(
-        fmt.pages(int(ours.tokens[head, index]))
-        for head in range(heads)
-        for index, fmt in enumerate(formats.formats)
-    )
-    assert pages <= layout.list_pages(plan.num_lease_blocks)
-    assert found.pages[layout.lists_first_page :][:pages].any(1).all()
+    assert int(formats.pages(found.tokens).sum()) <= layout.list_pages(plan.num_lease_blocks)
+    query = torch.randn(layers, 5, heads * 2, 64)
+    both = (decoded(result, layout, plan, query) for result in (found, expected))
+    for ours, theirs in zip(*both, strict=True):
+        assert theirs.norm() > 0
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from compiler import SHARED_LIMIT, compile_signature
 
-from mdkv_vllm.triton_kernels import window_kernels, window_scores
+from mdkv_vllm.triton_kernels import allocate_kernels, window_kernels, window_scores
 from mdkv_vllm.triton_kernels.elements import element_type
 from mdkv_vllm.triton_kernels.pack import PackShape, pack_list_page
 from mdkv_vllm.triton_kernels.quantise import gaussian_step, read_back, tile_vectors
@@ -124,3 +124,30 @@ def test_pack(head_size, names, capability):
         constants = {"LIST": shape, "FORMAT": 1, "FORMATS": 3}
         pointers = {"order": "i64", "lists": "i64", "pages": "u8", "keys": "fp32", "values": "fp32"}
         check(pack_list_page, pointers, constants, capability)
+
+
+ALLOCATION = dict.fromkeys(("losses", "gains", "pages"), "fp32")
+ALLOCATION |= dict.fromkeys(("costs", "totals", "sums"), "fp64")
+ALLOCATION |= {"counts": "i32", "held": "i8", "ranks": "i64", "room": "i64", "prices": "fp32"}
+OVER = (allocate_kernels.ALL, allocate_kernels.CHEAPER, allocate_kernels.HELD)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("options", [1, 4, 9])
+def test_allocation(options, capability):
+    constants = {"OPTIONS": options, "LIST": min(2, options - 1), "DROP": True}
+    calls = [
+        (allocate_kernels.ask_pages, {}),
+        (allocate_kernels.count_options, {"PADDED": padded(options)}),
+        *((allocate_kernels.list_gains, {"OVER": over}) for over in OVER),
+        (allocate_kernels.top_sums, {}),
+        (allocate_kernels.clear_list, {}),
+        (allocate_kernels.fill_list, {}),
+    ]
+    for kernel, more in calls:
+        used = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        pointers = ALLOCATION
+        if kernel is allocate_kernels.count_options:
+            pointers = ALLOCATION | {"prices": "fp64"}
+        warps = 4 if kernel is allocate_kernels.list_gains else allocate_kernels.NUM_WARPS
+        check(kernel, pointers, used | more, capability, warps)

@@ -1,0 +1,378 @@
+"""Compression of fresh random prompts: every part against plain torch, and leases read back.
+
+What the reference decides by exhaustive search (which format a token gets) is compared by its loss,
+everything else by its values.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+from lists import ChosenBefore, assert_nearly_the_same_lists
+
+from mdkv_vllm.core.allocate import allocate as exact_allocate
+from mdkv_vllm.core.allocate import allocate_layers
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.compress import CompressedPrompt, Compressor
+from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
+from mdkv_vllm.core.heads import HeadBudgets
+from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.loss import Candidate
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+from mdkv_vllm.triton_kernels.compress import TritonKernels
+from mdkv_vllm.triton_kernels.mixed_decode import DecodeTables, DecodeWorkspace, mixed_decode
+
+from .call import programs
+from .check import Outcome
+from .inputs import POISON
+from .reference import mixed_decode as float64_decode
+
+REFERENCE = ReferenceKernels()
+SUMS_ERROR = 2e-4
+"""Largest relative error of the sums of a format: three products of TF32, approximate powers."""
+CODES_MOVED = 0.02
+"""Share of vectors whose codes may differ, a scale having been rounded the other way."""
+MORE_LOSS = 0.15
+"""How much more a pool's allocation may lose than the reference's."""
+DECODED_ERROR = 1.5e-2
+"""Relative error of attention over a lease: bfloat16's, and that of the codes moved."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt of a model.
+
+    Attributes:
+        names: formats.
+        head_size: dimensions of a head.
+        group: query heads per KV head.
+        kv_heads: KV heads.
+        layers: layers.
+        tokens: of the prompt.
+        dtype: of the cache.
+        by_head: whether every head has a budget of its own.
+        prompt_basis: whether the basis is the prompt's own, which torch waits for.
+        budget: share of the bytes to keep.
+    """
+
+    names: tuple[str, ...] = ("drop", "i4", "i8", "full")
+    head_size: int = 128
+    group: int = 4
+    kv_heads: int = 4
+    layers: int = 3
+    tokens: int = 2500
+    dtype: torch.dtype = torch.bfloat16
+    by_head: bool = False
+    prompt_basis: bool = False
+    budget: float = 0.4
+
+    @property
+    def name(self) -> str:
+        """In words."""
+        more = " by head" * self.by_head + " prompt basis" * self.prompt_basis
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"compress {self.head_size} x {self.group} {dtype} {'/'.join(self.names)}{more}"
+
+    @property
+    def formats(self) -> FormatSet:
+        """The formats."""
+        return parse_formats(self.names, self.geometry)
+
+    @property
+    def geometry(self) -> PageGeometry:
+        """Sizes of the cache."""
+        return PageGeometry(16, self.head_size, self.dtype)
+
+    @property
+    def layout(self) -> LeaseLayout:
+        """The layout of its lease."""
+        rank = self.formats.basis_rank if self.prompt_basis else 0
+        return LeaseLayout(self.geometry, self.formats, self.layers, self.kv_heads, rank)
+
+    @property
+    def plan(self) -> LeasePlan:
+        """Its lease."""
+        least = self.formats.formats[0].tokens_per_page
+        floor = None if self.formats.drop else least
+        terms = LeaseTerms(16, 16, 64, self.budget, self.layout.min_blocks, floor)
+        plan = plan_lease(self.tokens, terms)
+        assert plan is not None
+        return plan
+
+
+CASES = (
+    Case(),
+    Case(head_size=64, group=3, dtype=torch.float16, by_head=True),
+    Case(("i2", "i4", "i8", "full"), 80, 1, by_head=True),
+    Case(("drop", "r16", "r32i8", "full"), group=8),
+    Case(("drop", "r8", "i4"), 256, 2, kv_heads=2, prompt_basis=True),
+)
+
+
+class Prompt:
+    """A random prompt of a case on a device, and the kernels under test.
+
+    Args:
+        case: sizes.
+        device: where.
+        seed: of the numbers.
+        kernels: under test.
+    """
+
+    def __init__(
+        self, case: Case, device: torch.device, seed: int, kernels: CompressionKernels
+    ) -> None:
+        self.case, self.device, self.kernels = case, device, kernels
+        self._generator = torch.Generator().manual_seed(seed)
+        shape = (case.layers, 2, case.kv_heads, case.tokens, case.head_size)
+        falling = torch.linspace(2, 0.2, case.head_size)
+        self.cache = (self.randn(*shape) * falling).to(case.dtype)
+        self.queries = self.randn(case.layers, case.kv_heads * case.group, 16, case.head_size)
+        self.basis: Basis | None = None
+        if case.formats.uses_basis and not case.prompt_basis:
+            square = self.randn(2, case.layers, case.kv_heads, case.head_size, case.head_size)
+            turned = torch.linalg.qr(square)[0][..., : case.formats.basis_rank].contiguous()
+            self.basis = Basis(turned[0], turned[1])
+        self.heads: HeadBudgets | None = None
+        if case.by_head:
+            self.heads = HeadBudgets(self.rand(case.layers, case.kv_heads), 0.67, 0.5)
+        self.compressor = self._compressor(kernels)
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        """Normal numbers on the host."""
+        return torch.randn(*shape, generator=self._generator)
+
+    def rand(self, *shape: int) -> torch.Tensor:
+        """Even numbers on the host."""
+        return torch.rand(*shape, generator=self._generator)
+
+    def check_loss_sums(self) -> float:
+        """Sums of two candidates, one of lower rank."""
+        case, span = self.case, self.case.plan.span_tokens
+        queries = self.queries[0].unflatten(0, (case.kv_heads, -1)).transpose(1, 2).contiguous()
+        keys, flat = self.cache[0, 0], queries.flatten(1, 2)
+        read = keys[:, :span].float() + 0.1 * self.randn(case.kv_heads, span, case.head_size)
+        ranks = (case.head_size // 4, case.head_size)
+        worst = 0.0
+        for variant in ("hybrid", "paper"):
+
+            def sums(
+                kernels: CompressionKernels,
+                to: Callable[[torch.Tensor], torch.Tensor],
+                variant: str = variant,
+            ) -> torch.Tensor:
+                given = [
+                    Candidate(to(flat)[..., :r], to(read)[..., :r], to(read)[..., 0]) for r in ranks
+                ]
+                scale = case.head_size**-0.5
+                return kernels.loss_sums(to(queries), to(keys), given, span, scale, variant)
+
+            found = sums(self.kernels, lambda x: x.to(self.device)).double().cpu()
+            expected = sums(REFERENCE, torch.Tensor.double)
+            error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            worst = max(worst, float(error.max()))
+            assert (error <= SUMS_ERROR).all(), f"relative error {float(error.max()):.1e}"
+        return worst
+
+    def check_round_trip(self) -> float:
+        """Keys as read back, and errors of values, of every width."""
+        keys, values = self.cache[0].float()
+        for bits in (8, 4, 2):
+            on_device = (x.to(self.device) for x in (keys, values))
+            read, error = (x.cpu() for x in self.kernels.round_trip(*on_device, bits))
+            expected_read, expected_error = REFERENCE.round_trip(keys, values, bits)
+            moved = float((read != expected_read).any(-1).float().mean())
+            assert moved <= CODES_MOVED, f"i{bits}: codes of {moved:.1%} of the vectors differ"
+            torch.testing.assert_close(read, expected_read, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(error, expected_error, rtol=2e-2, atol=1e-6)
+        return 0.0
+
+    def check_rotate(self) -> float:
+        """Products with a matrix per head."""
+        square = self.randn(self.case.kv_heads, self.case.head_size, self.case.head_size)
+        keys = self.cache[0, 0]
+        found = self.kernels.rotate(keys.to(self.device), square.to(self.device)).double().cpu()
+        expected = keys.double() @ square.double()
+        error = float((found - expected).norm() / expected.norm())
+        assert error <= 1e-5, f"relative error {error:.1e}"
+        return error
+
+    def check_allocate(self) -> float:
+        """Three layers of unequal budgets in one call: pages exact, losses near the reference's."""
+        formats, heads, span = self.case.formats, self.case.kv_heads, min(1000, self.case.tokens)
+        losses = []
+        for _ in range(3):
+            weight = self.rand(1, heads, span).pow(8) * 10 + 1e-4
+            shares = self.rand(len(formats.names), heads, span).sort(0, descending=True).values
+            losses.append(weight * shares)
+        least = 0 if formats.drop else heads * formats.formats[0].pages(span)
+        most = heads * formats.formats[-1].pages(span)
+        budgets = [[least + round(f * (most - least))] for f in (0.1, 0.45, 0.25)]
+        on_device = [layer.to(self.device) for layer in losses]
+        found = self.kernels.allocate(on_device, formats, budgets)
+        expected = allocate_layers(exact_allocate, losses, formats, budgets)
+        worst = 0.0
+        for layer, ours, theirs, (pages,) in zip(losses, found, expected, budgets, strict=True):
+            choice = ours.choice.cpu()
+            tokens = torch.stack([(choice == i).sum(1) for i in range(len(formats.formats))], 1)
+            assert torch.equal(tokens, ours.tokens.cpu()), "tokens are not those of the choice"
+            taken = int(formats.pages(tokens).sum())
+            assert taken <= pages, f"{taken} pages of {pages}"
+            option = (choice + int(formats.drop)).unsqueeze(0)
+            lost = float(layer.double().gather(0, option).sum())
+            more = lost / theirs.objective - 1
+            worst = max(worst, more)
+            assert more <= MORE_LOSS, f"loses {more:.0%} more than the reference"
+        return worst
+
+    def check_pack(self) -> float:
+        """Pages of a random choice, with an empty list and others over several pages."""
+        case, span = self.case, min(700, self.case.tokens)
+        formats, geometry = case.formats, case.geometry
+        keys, values = (x[:, :span].float() for x in self.cache[0])
+        vectors = [(keys[..., : f.rank], values[..., : f.rank]) for f in formats.formats]
+        low = -1 if formats.drop else 0
+        choice = (self.rand(case.kv_heads, span) * (len(formats.formats) - low)).long() + low
+        choice[-1] = 0
+        pages = torch.full((case.kv_heads * span, geometry.page_bytes), POISON, dtype=torch.uint8)
+        first, found = torch.tensor(2), pages.clone().to(self.device)
+        on_device = [(k.to(self.device), v.to(self.device)) for k, v in vectors]
+        self.kernels.pack(
+            on_device, formats, choice.to(self.device), geometry, found, first.to(self.device)
+        )
+        REFERENCE.pack(vectors, formats, choice, geometry, pages, first)
+        assert torch.equal(found[:2].cpu(), pages[:2]), "wrote before the first page"
+        assert_nearly_the_same_lists(found[2:].cpu(), pages[2:], formats, choice, geometry)
+        return 0.0
+
+    def check_whole(self) -> float:
+        """A lease without synchronising, byte for byte, and attention over it."""
+        found = self._compress()
+        if self.device.type == "cuda" and not self.case.prompt_basis:
+            again = self._without_synchronisation()
+            assert torch.equal(found.pages, again.pages), "another lease the second time"
+        chosen = [
+            replace(a, choice=a.choice.cpu(), tokens=a.tokens.cpu()) for a in found.allocations
+        ]
+        expected = self._compress(ChosenBefore(chosen))
+        layout = self.case.layout
+        assert torch.equal(found.tokens.cpu(), expected.tokens), "tokens of lists differ"
+        tables, lists = layout.table_pages, layout.lists_first_page
+        assert torch.equal(found.pages[:tables].cpu(), expected.pages[:tables]), "page table"
+        if not self.case.prompt_basis:  # whose vectors another solver finds with other last bits
+            choice = torch.cat([a.choice for a in chosen])
+            assert_nearly_the_same_lists(
+                found.pages[lists:].cpu(), expected.pages[lists:], self.case.formats, choice,
+                self.case.geometry,
+            )  # fmt: skip
+        return self._decode(found.pages, expected.pages)
+
+    def _compress(self, reference: CompressionKernels | None = None) -> CompressedPrompt:
+        """Compress with the kernels under test, or with others on the host."""
+        device = torch.device("cpu") if reference else self.device
+        cache, queries = self.cache.to(device), self.queries.to(device)
+        if reference:
+            cache = cache.float()
+        compressor = self._compressor(reference) if reference else self.compressor
+        return compressor.compress(
+            lambda layer: (cache[layer, 0], cache[layer, 1]), queries, self.case.plan, True
+        )
+
+    def _compressor(self, kernels: CompressionKernels) -> Compressor:
+        scale = self.case.head_size**-0.5
+        return Compressor(self.case.layout, "hybrid", scale, self.basis, self.heads, kernels)
+
+    def _without_synchronisation(self) -> CompressedPrompt:
+        cache, queries = self.cache.to(self.device), self.queries.to(self.device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = self.compressor.compress(
+                lambda layer: (cache[layer, 0], cache[layer, 1]), queries, self.case.plan
+            )
+            try:
+                found.tokens.sum().item()
+            except RuntimeError:
+                return found
+            raise AssertionError("the synchronisation check finds none")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def _decode(self, found: torch.Tensor, expected: torch.Tensor) -> float:
+        """Read both leases from a poisoned cache: ours by the kernel, the other in float64."""
+        case, layout, blocks = self.case, self.case.layout, self.case.plan.num_lease_blocks
+        shape = layout.pages_per_block, 16, 2 * case.head_size
+        places = torch.randperm(blocks + 9, generator=self._generator)[:blocks]
+        table = places.int().unsqueeze(0).to(self.device)
+        arenas = []
+        for pages in (found, expected):
+            raw = torch.full((blocks + 9, shape[0], layout.geometry.page_bytes), POISON)
+            raw = raw.to(torch.uint8).to(self.device)
+            raw[places.to(self.device)] = pages.to(self.device).view(blocks, shape[0], -1)
+            arenas.append(raw.view(case.dtype).view(-1, *shape))
+        queries = 5
+        rows = torch.zeros(queries, dtype=torch.int32, device=self.device)
+        lengths = rows + blocks * 16
+        leases = torch.tensor([[0, blocks]], dtype=torch.int32).to(self.device)
+        basis = None if self.basis is None else self.basis.to(self.device)
+        tables = DecodeTables.build(layout, case.group, basis, self.device)
+        workspace = DecodeWorkspace.allocate(
+            tables.shape, queries, self.device, programs(self.device)
+        )
+        scale, worst = case.head_size**-0.5, 0.0
+        for layer in range(case.layers):
+            query = self.randn(queries, case.kv_heads * case.group, case.head_size)
+            query = query.to(case.dtype).to(self.device)
+            output = torch.full_like(query, torch.nan)
+            mixed_decode(
+                query, arenas[0], layer, tables, table, rows, lengths, leases, scale, output,
+                workspace,
+            )  # fmt: skip
+            right, _ = float64_decode(
+                query, arenas[1], layer, layout, table, rows, lengths, leases, basis, scale
+            )
+            error = float((output.double() - right).norm() / right.norm())
+            worst = max(worst, error)
+            assert error <= DECODED_ERROR, f"attention over the lease: relative error {error:.1e}"
+        return worst
+
+
+def check_compression(
+    case: Case, device: str, seed: int, kernels: CompressionKernels | None = None
+) -> Outcome:
+    """Check every part and the whole; its error is that of attention over the lease."""
+    prompt = Prompt(case, torch.device(device), seed, kernels or TritonKernels())
+    checks = ("loss_sums", "round_trip", "rotate", "allocate", "pack", "whole")
+    failures, error = [], math.nan
+    for name in checks:
+        try:
+            error = getattr(prompt, f"check_{name}")()
+        except AssertionError as wrong:
+            failures.append(f"{name}: {wrong}")
+            error = math.nan
+    return Outcome(case.name, error, 0.0, tuple(failures))
+
+
+def check_all_compression(
+    quick: bool, seed: int, workers: int, cases: Sequence[Case] = CASES
+) -> Iterator[Outcome]:
+    """Check every case on the GPU, each in a process of its own."""
+    cases = cases[:2] if quick else cases
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        workers, context, torch.set_num_threads, (1,), max_tasks_per_child=1
+    ) as pool:
+        jobs = [
+            pool.submit(check_compression, case, "cuda", seed + number)
+            for number, case in enumerate(cases)
+        ]
+        for case, job in zip(cases, jobs, strict=True):
+            try:
+                yield job.result()
+            except Exception as error:  # whatever a kernel does must end in the report
+                yield Outcome(case.name, math.nan, math.nan, (f"{type(error).__name__}: {error}",))

@@ -1,8 +1,8 @@
 """Which of two decode kernels is faster on a GPU: measured once, when a server starts.
 
-The trial has one layer of the model's own shape and as many requests as make a cache larger than the
-GPU's. Its pages are zero, which is a value in every format; what is in them does not change
-how long they take to read.
+The trial has one layer of the model's own shape and as many requests as make a cache larger than
+the second-level cache. Its pages are zero, which is a value in every format; what is in them does
+not change how long they take to read.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class Trial:
         self, layout: LeaseLayout, group: int, device: torch.device, lease_bytes: int
     ) -> None:
         geometry, heads = layout.geometry, layout.num_kv_heads
-        self.layout = LeaseLayout(
-            geometry, layout.formats, 1, heads, layout.prompt_basis_rank
-        )
+        self.layout = LeaseLayout(geometry, layout.formats, 1, heads, layout.prompt_basis_rank)
         per_block = heads * geometry.page_bytes
         lists = len(layout.formats.formats)
         lease = max(lease_bytes // REQUESTS // per_block, self.layout.min_blocks + lists)
@@ -59,9 +57,9 @@ class Trial:
         self.rows = torch.arange(REQUESTS, dtype=torch.int32, device=device)
         self.leases = torch.tensor([[0, lease]] * REQUESTS, dtype=torch.int32, device=device)
         self.lengths = torch.full_like(self.rows, held * geometry.block_size)
-        self.query = torch.randn(
-            REQUESTS, heads * group, geometry.head_size, device=device
-        ).to(geometry.dtype)
+        self.query = torch.randn(REQUESTS, heads * group, geometry.head_size, device=device).to(
+            geometry.dtype
+        )
         self.output = torch.empty_like(self.query)
         rank = layout.formats.basis_rank
         directions = torch.eye(geometry.head_size)[:, :rank].expand(1, heads, -1, -1)

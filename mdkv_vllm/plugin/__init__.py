@@ -31,7 +31,7 @@ def register() -> None:
     register_mixeddim()
 
 
-def platform() -> str | None:
+def platform_class() -> str | None:
     """Entry point of ``vllm.platform_plugins``.
 
     Returns:

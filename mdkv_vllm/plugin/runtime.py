@@ -269,7 +269,7 @@ class Runtime:
         plan = self.policy.plan(prompt_tokens, None)
         if plan is not None:
             shape = (2, self.policy.num_kv_heads, prompt_tokens, head_size)
-            tokens = torch.randn(shape, device=device)
+            tokens = torch.randn(shape, dtype=self._compressed_from, device=device)
             self._compressor.compress(
                 lambda layer: (tokens[0], tokens[1]),
                 torch.randn(layers, heads, window, head_size, device=device),
@@ -314,10 +314,16 @@ class Runtime:
     def _load_layer(
         self, layer: int, blocks: torch.Tensor, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a prompt's layer, float32 ``[kv_heads, tokens, head_size]``."""
+        """Keys and values of a prompt's layer, ``[kv_heads, tokens, head_size]``."""
         heads = self.policy.num_kv_heads
         view = self.arena[:, layer * heads : (layer + 1) * heads]
-        return load_tokens(view, blocks, num_tokens, torch.float32)
+        return load_tokens(view, blocks, num_tokens, self._compressed_from)
+
+    @property
+    def _compressed_from(self) -> torch.dtype:
+        """What compression reads: the GPU's kernels take the cache's own type."""
+        on_gpu = self.arena.device.type == "cuda"
+        return self.policy.geometry.dtype if on_gpu else torch.float32
 
     def read_records(self, wait: bool) -> None:
         """Count the compressions that the device has done.

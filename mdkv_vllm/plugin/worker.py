@@ -17,7 +17,7 @@ from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.ops.compress import compression_kernels
-from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel
+from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel, kernels_for
 from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
@@ -77,17 +77,17 @@ class MixedDimWorker(Worker):
         setting = DecodeSetting(
             arena, policy.layout, group, artifacts.basis, scale, limits.requests
         )
-        kernels, decode = decode_kernel(config.kernels, setting)
+        decode_name, decode = decode_kernel(config.kernels, setting)
         compressor = Compressor(
             policy.layout,
             config.loss,
             scale,
             artifacts.basis,
             artifacts.heads,
-            compression_kernels(arena.device, interpreted=kernels == "triton"),
+            compression_kernels(kernels_for(config.kernels, arena.device)[0]),
         )
         logger.info_once("mixeddim: %s", describe(policy, artifacts.heads))
-        logger.info_once("mixeddim: decode by %s, prefill by %s", kernels, prefill_name)
+        logger.info_once("mixeddim: decode by %s, prefill by %s", decode_name, prefill_name)
         return Runtime(
             policy,
             compressor,

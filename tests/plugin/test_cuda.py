@@ -52,11 +52,11 @@ def test_our_platform_where_vllm_would_choose_cuda(monkeypatch):
     import mdkv_vllm.plugin as plugin
 
     monkeypatch.setattr(platforms, "cuda_platform_plugin", lambda: "vllm.platforms.cuda.Any")
-    assert plugin.platform() == "mdkv_vllm.plugin.cuda_platform.MixedDimCudaPlatform"
+    assert plugin.platform_class() == "mdkv_vllm.plugin.cuda_platform.MixedDimCudaPlatform"
     monkeypatch.setattr(platforms, "cuda_platform_plugin", lambda: None)
-    assert plugin.platform() == "mdkv_vllm.plugin.cpu_platform.MixedDimCpuPlatform"
+    assert plugin.platform_class() == "mdkv_vllm.plugin.cpu_platform.MixedDimCpuPlatform"
     monkeypatch.setattr(platforms, "cpu_platform_plugin", lambda: None)
-    assert plugin.platform() is None
+    assert plugin.platform_class() is None
 
 
 def test_platform_and_worker():
@@ -148,4 +148,3 @@ def test_prefill_choices_on_gpus():
     assert "compute capability 8.0" in printed[0]
     assert "allowed here: auto, xformers, sdpa" in printed[0]
     assert "pip install 'mdkv-vllm[xformers]'" in printed[1]
-

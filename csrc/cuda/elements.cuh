@@ -22,11 +22,13 @@ MDKV_DEVICE void load_element_query(Query<D>& query, const uint16_t* from, int r
   }
 }
 
-// Where a row's chunk of values is, or zeros for a token that does not exist.
+// Where a row's chunk of values is, or zeros for a token or for dimensions that do not exist: what
+// lies there may be no number, and another list of the run may have them.
 MDKV_DEVICE uint32_t value_chunk(const Page& page, const List& list, int token, int chunk) {
-  const int number = token * (list.value_row / kChunk) + chunk;
+  const int chunks = list.value_row / kChunk;
+  const int number = token * chunks + chunk;
   const uint32_t at = page.at + list.values_at + swizzled(number, list.value_swizzle) * kChunk;
-  return token < page.tokens ? at : page.zeros;
+  return token < page.tokens && chunk < chunks ? at : page.zeros;
 }
 
 // Left side of a product of keys: 16 tokens by 16 dimensions.
@@ -34,7 +36,8 @@ MDKV_DEVICE void load_slot_keys(uint32_t (&left)[4], const Page& page, const Lis
                                 int dim) {
   const int row = token + page.lane / 8 % 2 * 8 + page.lane % 8;
   const int number = row * (list.key_row / kChunk) + dim / 8 + page.lane / 16;
-  load_matrices(left, page.at + swizzled(number, list.key_swizzle) * kChunk);
+  const uint32_t at = page.at + swizzled(number, list.key_swizzle) * kChunk;
+  load_matrices(left, row < page.tokens ? at : page.zeros);
 }
 
 // The same of dimension-major keys. Dimensions beyond the rank are zero, since what lies there

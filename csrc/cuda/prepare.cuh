@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
       }
     }
     if (args.uses_hadamard) {
+      sync_warp();  // the transform is in place
       hadamard(vector, args.head_size, lane);
       for (int d = lane; d < args.head_size; d += 32) {
         const float x = as_float(load_shared32(vector + 4 * d));

@@ -93,9 +93,12 @@ inline Run run_of(const mdkv_shape& shape, const List& list) {
   return run;
 }
 
+// Whether two lists' values add up. Rows of codes must be equally long, unless what lies behind
+// the shorter ones is not read: elements are masked, and whole matrices left out.
 inline bool same_places(const Run& a, const Run& b) {
+  const bool any_row = a.fields == 0 || (a.fields == 1 && a.aligned);
   return a.rotation == b.rotation && a.fields == b.fields && a.aligned == b.aligned &&
-         (a.fields <= 1 || a.value_row == b.value_row);
+         (any_row || a.value_row == b.value_row);
 }
 
 // Why a shape is refused; empty if it is not.

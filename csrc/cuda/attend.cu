@@ -5,8 +5,8 @@
 namespace mdkv {
 
 template <>
-Kernel attend_kernel<MDKV_HEAD_SIZE>(bool bfloat16) {
-  return bfloat16 ? attend_share<MDKV_HEAD_SIZE, true> : attend_share<MDKV_HEAD_SIZE, false>;
+Kernel attend_kernel<MDKV_HEAD_SIZE>() {
+  return attend_share<MDKV_HEAD_SIZE>;
 }
 
 }  // namespace mdkv

@@ -10,7 +10,7 @@
 
 namespace mdkv {
 
-template <int D, bool kBFloat16>
+template <int D>
 class Consumer {
  public:
   MDKV_DEVICE Consumer(const DecodeArgs& args, const SharedPlaces& places, int warp, int lane)
@@ -34,10 +34,16 @@ class Consumer {
     }
     const Page page = {places_.stages + stage * args_.stage_bytes, places_.zeros,
                        static_cast<int>(load_shared32(ticket + 4 * kTokens)), args_.scale, lane_};
-    if (list.reader == kSlots) {
-      attend_elements<D, kBFloat16, true>(state_, query_, page, list);
+    // The element type is looked at here, not compiled for: readers of codes have none.
+    const bool bfloat16 = args_.element == MDKV_BFLOAT16;
+    if (list.reader == kSlots && bfloat16) {
+      attend_elements<D, true, true>(state_, query_, page, list);
+    } else if (list.reader == kSlots) {
+      attend_elements<D, false, true>(state_, query_, page, list);
+    } else if (list.reader == kElements && bfloat16) {
+      attend_elements<D, true, false>(state_, query_, page, list);
     } else if (list.reader == kElements) {
-      attend_elements<D, kBFloat16, false>(state_, query_, page, list);
+      attend_elements<D, false, false>(state_, query_, page, list);
     } else if (list.bits == 8) {
       attend_codes<D, 8>(state_, query_, page, list);
     } else if (list.bits == 4) {
@@ -80,7 +86,7 @@ template <int D>
 constexpr int kWarpsPerMultiprocessor = D > 128 ? 8 : 12;
 
 // Grid: args.warps.
-template <int D, bool kBFloat16>
+template <int D>
 __global__ void __launch_bounds__(32, kWarpsPerMultiprocessor<D>)
     attend_share(const __grid_constant__ DecodeArgs args) {
   const int warp = block_index(), lane = thread_index();
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(32, kWarpsPerMultiprocessor<D>)
   if (lane < kChunk / 4) store_shared32(places.zeros + 4 * lane, 0);
   const Share share = find_share(args, warp, lane);
   PageSource source(args, places, share, lane);
-  Consumer<D, kBFloat16> consumer(args, places, warp, lane);
+  Consumer<D> consumer(args, places, warp, lane);
   const int ahead = args.stages - 1;
   const int pages = share.end - share.begin;
   int filled = 0, read = 0;  // stages

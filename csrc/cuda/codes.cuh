@@ -208,6 +208,7 @@ template <int D, int kBits>
 MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page& page,
                               const List& list) {
   constexpr int kFields = 8 / kBits;
+  constexpr int kProducts = 2 * kFields;
   const int last = list.tokens_per_page - 1;
   const uint32_t key_scales = page.at + list.scales_at;
   const uint32_t value_scales = key_scales + 2 * list.tokens_per_page;
@@ -242,40 +243,48 @@ MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page
       }
     });
     raise_maximum(state, highest);
+    uint32_t weights[kProducts][2];
 #pragma unroll
-    for (int field = 0; field < kFields; ++field) {
+    for (int product = 0; product < kProducts; ++product) {
+      uint32_t packed[2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t packed[2], weights[2];
+      for (int lower = 0; lower < 2; ++lower) {
+        const uint32_t bits = value_scale[product / 2][product % 2][lower];
+        const float unscaled = as_float((254 - (bits >> 7)) << 23);
+        const float fraction = as_float(((bits & 0x7F) | 0x3F80) << 16);
+        float weight[2];
 #pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-          const uint32_t bits = value_scale[field][half][lower];
-          const float unscaled = as_float((254 - (bits >> 7)) << 23);
-          const float fraction = as_float(((bits & 0x7F) | 0x3F80) << 16);
-          float weight[2];
-#pragma unroll
-          for (int head = 0; head < 2; ++head) {
-            weight[head] = exp2_approximate(scores[field][half][2 * lower + head] -
-                                            state.maximum[head]);
-            state.weight[head] += weight[head] * unscaled;
-            weight[head] *= fraction;
-          }
-          packed[lower] = pack_float16x2(weight[0], weight[1]);
+        for (int head = 0; head < 2; ++head) {
+          weight[head] = exp2_approximate(scores[product / 2][product % 2][2 * lower + head] -
+                                          state.maximum[head]);
+          state.weight[head] += weight[head] * unscaled;
+          weight[head] *= fraction;
         }
-        turn_weights(weights, packed[0], packed[1]);
-        const int start = field * list.key_row + first + 2 * half;
-        if (list.values_aligned) {
-          const int token = start + page.lane % 8 * 4 + page.lane / 8 % 2;
-          add_aligned_values<D, kBits>(state, weights, page, list, token < last ? token : last);
-        } else {
-          int tokens[4];
+        packed[lower] = pack_float16x2(weight[0], weight[1]);
+      }
+      turn_weights(weights[product], packed[0], packed[1]);
+    }
+    // One copy of the code for all products: its registers and its size would be too many.
+#pragma unroll 1
+    for (int product = 0; product < kProducts; ++product) {
+      const int start = product / 2 * list.key_row + first + product % 2 * 2;
+      if (list.values_aligned) {
+        const int token = start + page.lane % 8 * 4 + page.lane / 8 % 2;
+        add_aligned_values<D, kBits>(state, weights[0], page, list, token < last ? token : last);
+      } else {
+        int tokens[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int token = start + (page.lane % 4 * 2 + i % 2) * 4 + i / 2;
-            tokens[i] = token < last ? token : last;
-          }
-          add_values<D, kBits>(state, weights, page, list, tokens);
+        for (int i = 0; i < 4; ++i) {
+          const int token = start + (page.lane % 4 * 2 + i % 2) * 4 + i / 2;
+          tokens[i] = token < last ? token : last;
         }
+        add_values<D, kBits>(state, weights[0], page, list, tokens);
+      }
+      // The next product's move up: arrays in registers have no other index.
+#pragma unroll
+      for (int i = 0; i + 1 < kProducts; ++i) {
+        weights[i][0] = weights[i + 1][0];
+        weights[i][1] = weights[i + 1][1];
       }
     }
   }

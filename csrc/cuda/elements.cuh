@@ -5,8 +5,6 @@
 
 namespace mdkv {
 
-constexpr int kTiledTokens = 64;  // scored before their values are read
-
 template <int D>
 MDKV_DEVICE void load_element_query(Query<D>& query, const uint16_t* from, int rank, bool exists,
                                     int lane) {
@@ -90,67 +88,52 @@ MDKV_DEVICE void load_values_anyhow(uint32_t (&left)[4], const Page& page, const
   }
 }
 
-// Row g (+ 8) of a product of keys is that token of its 16.
+// Row g (+ 8) of the product of keys is that token of 16.
 template <int D, bool kBFloat16, bool kInSlots>
 MDKV_DEVICE void attend_elements(State<D>& state, const Query<D>& query, const Page& page,
                                  const List& list) {
-  constexpr int kProducts = kTiledTokens / 16;
-  for (int first = 0; first < page.tokens; first += kTiledTokens) {
-    float scores[kProducts][4] = {};
+  for (int first = 0; first < page.tokens; first += 16) {
+    float scores[4] = {};
 #pragma unroll
-    for (int product = 0; product < kProducts; ++product) {
-      const int token = first + 16 * product;
-      if (token >= page.tokens) break;
-#pragma unroll
-      for (int step = 0; step < D / 16; ++step) {
-        if (16 * step >= list.rank) break;
-        uint32_t left[4];
-        if (kInSlots) {
-          load_slot_keys(left, page, list, token, 16 * step);
-        } else if (list.keys_aligned) {
-          load_keys(left, page, list, token, 16 * step);
-        } else {
-          load_keys_anyhow(left, page, list, token, 16 * step);
-        }
-        multiply<kBFloat16>(scores[product], left, query.words[step]);
+    for (int step = 0; step < D / 16; ++step) {
+      if (16 * step >= list.rank) break;
+      uint32_t left[4];
+      if (kInSlots) {
+        load_slot_keys(left, page, list, first, 16 * step);
+      } else if (list.keys_aligned) {
+        load_keys(left, page, list, first, 16 * step);
+      } else {
+        load_keys_anyhow(left, page, list, first, 16 * step);
       }
+      multiply<kBFloat16>(scores, left, query.words[step]);
     }
     float highest[2] = {kNothing, kNothing};
 #pragma unroll
-    for (int product = 0; product < kProducts; ++product) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int token = first + 16 * product + i / 2 * 8 + page.lane / 4;
-        float& score = scores[product][i];
-        score = token < page.tokens ? score * page.scale : kNothing;
-        highest[i % 2] = fmaxf(highest[i % 2], score);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const bool exists = first + i / 2 * 8 + page.lane / 4 < page.tokens;
+      scores[i] = exists ? scores[i] * page.scale : kNothing;
+      highest[i % 2] = fmaxf(highest[i % 2], scores[i]);
     }
     raise_maximum(state, highest);
+    float weight[4];
 #pragma unroll
-    for (int product = 0; product < kProducts; ++product) {
-      const int token = first + 16 * product;
-      if (token >= page.tokens) break;
-      float weight[4];
+    for (int i = 0; i < 4; ++i) {
+      weight[i] = exp2_approximate(scores[i] - state.maximum[i % 2]);
+      state.weight[i % 2] += weight[i];
+    }
+    uint32_t weights[2];
+    turn_weights(weights, pack<kBFloat16>(weight[0], weight[1]),
+                 pack<kBFloat16>(weight[2], weight[3]));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        weight[i] = exp2_approximate(scores[product][i] - state.maximum[i % 2]);
-        state.weight[i % 2] += weight[i];
+    for (int tile = 0; tile < D / 16; ++tile) {
+      if (16 * tile >= list.rank) break;
+      uint32_t left[4];
+      if (kInSlots || list.values_aligned) {
+        load_values(left, page, list, first, (kInSlots ? D : 0) + 16 * tile);
+      } else {
+        load_values_anyhow(left, page, list, first, 16 * tile);
       }
-      uint32_t weights[2];
-      turn_weights(weights, pack<kBFloat16>(weight[0], weight[1]),
-                   pack<kBFloat16>(weight[2], weight[3]));
-#pragma unroll
-      for (int tile = 0; tile < D / 16; ++tile) {
-        if (16 * tile >= list.rank) break;
-        uint32_t left[4];
-        if (kInSlots || list.values_aligned) {
-          load_values(left, page, list, token, (kInSlots ? D : 0) + 16 * tile);
-        } else {
-          load_values_anyhow(left, page, list, token, 16 * tile);
-        }
-        multiply<kBFloat16>(state.values[tile], left, weights);
-      }
+      multiply<kBFloat16>(state.values[tile], left, weights);
     }
   }
 }

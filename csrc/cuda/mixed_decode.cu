@@ -76,7 +76,7 @@ MDKV_EXPORT int mdkv_cuda_make_plan(const mdkv_shape* shape, mdkv_plan* plan) {
   const std::string refused = check_shape(*shape);
   if (!refused.empty()) return fail(refused);
   const DecodeArgs args = make_args(*shape);
-  const Kernel kernel = attend_kernel(shape->head_size, shape->element == MDKV_BFLOAT16);
+  const Kernel kernel = attend_kernel(shape->head_size);
   int limit = 0;
   if (const char* why = shared_limit(limit)) return fail(why);
   // As many warps as fit; among equals, the deepest ring.
@@ -125,7 +125,7 @@ MDKV_EXPORT int mdkv_cuda_mixed_decode(const mdkv_shape* shape, const mdkv_plan*
           launch(prepare_units, args.units, kPrepareThreads, prepare_shared, stream, args)) {
     return fail(why);
   }
-  const Kernel attend = attend_kernel(shape->head_size, shape->element == MDKV_BFLOAT16);
+  const Kernel attend = attend_kernel(shape->head_size);
   if (const char* why = launch(attend, args.warps, 32, plan->shared_bytes, stream, args)) {
     return fail(why);
   }

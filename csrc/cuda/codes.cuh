@@ -1,0 +1,293 @@
+// Attention over a page of integer codes.
+//
+// No code is multiplied by its scale. The scale of K multiplies the score, where the zero point
+// leaves as well. That of V, 2 ** e * f with 1 <= f < 2, is split: e joins the score, which keeps
+// the weights within float16 whatever the scales; f joins the weight.
+//
+// A code becomes a float16 by becoming bits of its mantissa: 0x6400 | code is 1024 + code, and
+// with the code `at` bits further up it is 2 ** (10 - at) + code, fine enough for zero points of
+// 7.5 and 1.5. So one logical operation converts two codes.
+#pragma once
+
+#include "pages.cuh"
+
+namespace mdkv {
+
+constexpr int kColumns = 32;  // bytes of every row that are read at a time
+
+// Where a field's codes go in each half of a word.
+MDKV_BOTH constexpr int code_place(int bits, int field) {
+  return bits == 8 ? 0 : (field == 0 ? bits : field * bits);
+}
+
+MDKV_BOTH constexpr float code_zero(int bits) { return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f; }
+
+// What a converted code for zero is.
+MDKV_BOTH constexpr float code_bias(int bits, int field) {
+  return static_cast<float>(1 << (10 - code_place(bits, field))) + code_zero(bits);
+}
+
+// float16 bits of a number from 2 to 2048 that float16 has.
+MDKV_BOTH constexpr uint32_t float16_bits(float x) {
+  uint32_t exponent = 15;
+  while (x >= 2.0f) {
+    x /= 2.0f;
+    ++exponent;
+  }
+  return exponent << 10 | static_cast<uint32_t>((x - 1.0f) * 1024.0f);
+}
+
+MDKV_BOTH constexpr uint32_t twice(uint32_t half) { return half << 16 | half; }
+
+// One code of the low or the high byte of each half of a word, as two float16 plus their bias.
+template <int kBits, int kField, int kHigh>
+MDKV_DEVICE uint32_t unpack(uint32_t word) {
+  if (kBits == 8) return permute_bytes(word, 0x64646464u, kHigh ? 0x4341 : 0x4240);
+  constexpr int kPlace = code_place(kBits, kField);
+  constexpr int kShift = kHigh * 8 + kField * kBits - kPlace;
+  constexpr uint32_t kMask = twice(((1u << kBits) - 1) << kPlace);
+  constexpr uint32_t kMagic = twice(static_cast<uint32_t>(25 - kPlace) << 10);
+  const uint32_t moved = kShift >= 0 ? word >> (kShift >= 0 ? kShift : 0)
+                                     : word << (kShift >= 0 ? 0 : -kShift);
+  return (moved & kMask) | kMagic;
+}
+
+// The same without the bias.
+template <int kBits, int kField, int kHigh>
+MDKV_DEVICE uint32_t unpack_centred(uint32_t word) {
+  constexpr uint32_t kBias = twice(float16_bits(code_bias(kBits, kField)));
+  return subtract_float16x2(unpack<kBits, kField, kHigh>(word), kBias);
+}
+
+// Four bytes that start anywhere.
+MDKV_DEVICE uint32_t load_bytes(uint32_t at) {
+  const uint32_t aligned = at & ~3u;
+  return funnel_right(load_shared32(aligned), load_shared32(aligned + 4), (at & 3u) * 8);
+}
+
+// Of four rows, four bytes each, to the words that ldmatrix would give: words[half][pair of rows],
+// bytes 2 half and 2 half + 1 of two rows.
+MDKV_DEVICE void pair_rows(uint32_t (&words)[2][2], const uint32_t (&rows)[4]) {
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    words[0][pair] = permute_bytes(rows[2 * pair], rows[2 * pair + 1], 0x5410);
+    words[1][pair] = permute_bytes(rows[2 * pair], rows[2 * pair + 1], 0x7632);
+  }
+}
+
+// A compile-time loop over the fields of a byte.
+template <int kField, int kFields, typename Body>
+MDKV_DEVICE void for_fields(Body&& body) {
+  if constexpr (kField < kFields) {
+    body(IntConstant<kField>{});
+    for_fields<kField + 1, kFields>(body);
+  }
+}
+
+// Queries of a format of codes. Its rows are read in four quarters, one per q, since rows next to
+// each other start in the same banks; so 16 dimensions are four of every quarter.
+template <int D>
+MDKV_DEVICE void load_code_query(Query<D>& query, const uint16_t* from, int rank, bool exists,
+                                 int lane) {
+  const int quarter = rank / 4;
+  float sum[4] = {0, 0, 0, 0};
+  const uint32_t ones[4] = {twice(0x3C00), twice(0x3C00), twice(0x3C00), twice(0x3C00)};
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      uint32_t word = 0;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int in_quarter = 4 * step + 2 * pair + i;
+        if (exists && in_quarter < quarter) {
+          word |= static_cast<uint32_t>(from[lane % 4 * quarter + in_quarter]) << (16 * i);
+        }
+      }
+      query.words[step][pair] = word;
+    }
+    multiply_float16(sum, ones, query.words[step]);
+  }
+  query.sum[0] = sum[0];
+  query.sum[1] = sum[1];
+}
+
+// Scores of the tokens of kColumns byte columns: [field][half], see attend_codes.
+template <int D, int kBits>
+MDKV_DEVICE void score_codes(float (&scores)[8 / kBits][2][4], const Query<D>& query,
+                             const Page& page, const List& list, int first) {
+  constexpr int kFields = 8 / kBits;
+  const int quarter = list.rank / 4;
+  const int steps = (quarter + 3) / 4;
+  const uint32_t column = page.at + first + page.lane / 4 * 4;
+  uint32_t at[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) at[i] = column + (page.lane % 4 * quarter + i) * list.key_row;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    if (step >= steps) break;
+    uint32_t rows[4], words[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(at[i] + 4 * step * list.key_row);
+    pair_rows(words, rows);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      for_fields<0, kFields>([&](auto field) {
+        constexpr int kField = decltype(field)::value;
+        const uint32_t left[4] = {
+            unpack<kBits, kField, 0>(words[half][0]), unpack<kBits, kField, 1>(words[half][0]),
+            unpack<kBits, kField, 0>(words[half][1]), unpack<kBits, kField, 1>(words[half][1])};
+        multiply_float16(scores[kField][half], left, query.words[step]);
+      });
+    }
+  }
+}
+
+// Adds the weighted values of 16 tokens, of which this thread names rows for two matrices.
+template <int D, int kBits>
+MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2],
+                                    const Page& page, const List& list, int token) {
+  constexpr int kFields = 8 / kBits;
+  constexpr int kPerField = (D / kFields + 15) / 16;
+  const int chunks = list.value_row / kChunk;
+  const uint32_t values = page.at + list.values_at;
+  const int first = token * chunks;
+#pragma unroll
+  for (int chunk = 0; chunk < kPerField; chunk += 2) {
+    if (chunk >= chunks) break;
+    // Threads of the upper 16 name the next chunk, if there is one.
+    const int next = chunk + page.lane / 16 < chunks ? page.lane / 16 : 0;
+    uint32_t words[4];
+    load_matrices_transposed(
+        words, values + swizzled(first + chunk + next, list.value_swizzle) * kChunk);
+#pragma unroll
+    for (int beside = 0; beside < 2; ++beside) {
+      if (chunk + beside >= kPerField || chunk + beside >= chunks) break;
+      for_fields<0, kFields>([&](auto field) {
+        constexpr int kField = decltype(field)::value;
+        const uint32_t upper = words[2 * beside], lower = words[2 * beside + 1];
+        const uint32_t left[4] = {
+            unpack_centred<kBits, kField, 0>(upper), unpack_centred<kBits, kField, 1>(upper),
+            unpack_centred<kBits, kField, 0>(lower), unpack_centred<kBits, kField, 1>(lower)};
+        multiply_float16(state.values[kField * kPerField + chunk + beside], left, weights);
+      });
+    }
+  }
+}
+
+// The same for rows of values that start anywhere; this thread reads four tokens' rows.
+template <int D, int kBits>
+MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const Page& page,
+                            const List& list, const int (&tokens)[4]) {
+  constexpr int kFields = 8 / kBits;
+  constexpr int kPerField = (D / kFields + 31) / 32 * 2;
+  const uint32_t values = page.at + list.values_at + page.lane / 4 * 4;
+#pragma unroll
+  for (int first = 0; first < D / kFields; first += kColumns) {
+    if (first >= list.value_row) break;
+    uint32_t rows[4], words[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(values + tokens[i] * list.value_row + first);
+    pair_rows(words, rows);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      for_fields<0, kFields>([&](auto field) {
+        constexpr int kField = decltype(field)::value;
+        const uint32_t upper = words[half][0], lower = words[half][1];
+        const uint32_t left[4] = {
+            unpack_centred<kBits, kField, 0>(upper), unpack_centred<kBits, kField, 1>(upper),
+            unpack_centred<kBits, kField, 0>(lower), unpack_centred<kBits, kField, 1>(lower)};
+        multiply_float16(state.values[kField * kPerField + first / 16 + half], left, weights);
+      });
+    }
+  }
+}
+
+// Row g (+ 8) of product (field, half) is the token in byte column 4 g + 2 half (+ 1).
+template <int D, int kBits>
+MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page& page,
+                              const List& list) {
+  constexpr int kFields = 8 / kBits;
+  constexpr int kProducts = 2 * kFields;
+  const int last = list.tokens_per_page - 1;
+  const uint32_t key_scales = page.at + list.scales_at;
+  const uint32_t value_scales = key_scales + 2 * list.tokens_per_page;
+  for (int first = 0; first < list.key_row && first < page.tokens; first += kColumns) {
+    float scores[kFields][2][4] = {};
+    score_codes<D, kBits>(scores, query, page, list, first);
+    uint32_t value_scale[kFields][2][2];
+    float highest[2] = {kNothing, kNothing};
+    for_fields<0, kFields>([&](auto constant) {
+      constexpr int kField = decltype(constant)::value;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int lower = 0; lower < 2; ++lower) {
+          const int column = first + page.lane / 4 * 4 + 2 * half + lower;
+          const int token = kField * list.key_row + column;
+          const bool exists = column < list.key_row && token < page.tokens;
+          const uint32_t at = 2 * (token < last ? token : last);
+          const uint32_t bits = exists ? load_shared16(value_scales + at) : 0;
+          // A bfloat16 is the upper half of a float.
+          const float key_scale = as_float(load_shared16(key_scales + at) << 16) * page.scale;
+          const float exponent = static_cast<float>(static_cast<int>(bits >> 7) - 127);
+          value_scale[kField][half][lower] = bits;
+#pragma unroll
+          for (int head = 0; head < 2; ++head) {
+            float& score = scores[kField][half][2 * lower + head];
+            const float centred = score - query.sum[head] * code_bias(kBits, kField);
+            score = exists ? centred * key_scale + exponent : kNothing;
+            highest[head] = fmaxf(highest[head], score);
+          }
+        }
+      }
+    });
+    raise_maximum(state, highest);
+    uint32_t weights[kProducts][2];
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product) {
+      uint32_t packed[2];
+#pragma unroll
+      for (int lower = 0; lower < 2; ++lower) {
+        const uint32_t bits = value_scale[product / 2][product % 2][lower];
+        const float unscaled = as_float((254 - (bits >> 7)) << 23);
+        const float fraction = as_float(((bits & 0x7F) | 0x3F80) << 16);
+        float weight[2];
+#pragma unroll
+        for (int head = 0; head < 2; ++head) {
+          weight[head] = exp2_approximate(scores[product / 2][product % 2][2 * lower + head] -
+                                          state.maximum[head]);
+          state.weight[head] += weight[head] * unscaled;
+          weight[head] *= fraction;
+        }
+        packed[lower] = pack_float16x2(weight[0], weight[1]);
+      }
+      turn_weights(weights[product], packed[0], packed[1]);
+    }
+    // One copy of the code for all products: its registers and its size would be too many.
+#pragma unroll 1
+    for (int product = 0; product < kProducts; ++product) {
+      const int start = product / 2 * list.key_row + first + product % 2 * 2;
+      if (list.values_aligned) {
+        const int token = start + page.lane % 8 * 4 + page.lane / 8 % 2;
+        add_aligned_values<D, kBits>(state, weights[0], page, list, token < last ? token : last);
+      } else {
+        int tokens[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int token = start + (page.lane % 4 * 2 + i % 2) * 4 + i / 2;
+          tokens[i] = token < last ? token : last;
+        }
+        add_values<D, kBits>(state, weights[0], page, list, tokens);
+      }
+      // The next product's move up: arrays in registers have no other index.
+#pragma unroll
+      for (int i = 0; i + 1 < kProducts; ++i) {
+        weights[i][0] = weights[i + 1][0];
+        weights[i][1] = weights[i + 1][1];
+      }
+    }
+  }
+}
+
+}  // namespace mdkv

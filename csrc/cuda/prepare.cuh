@@ -1,0 +1,97 @@
+// The first kernel: a unit's queries in every space, its record, and its number of pages.
+#pragma once
+
+#include "args.cuh"
+#include "scalars.cuh"
+#include "spaces.cuh"
+
+namespace mdkv {
+
+// The lengths of a unit's lists. One thread per list looks up its own.
+MDKV_DEVICE void write_record(const DecodeArgs& args, int unit, int query, int kv_head,
+                              uint32_t scratch) {
+  const mdkv_call& call = args.call;
+  const int length = call.lengths[query];
+  // The row of padding may be anything.
+  const int row = length > 0 ? call.query_rows[query] : 0;
+  const int first_block = length > 0 ? call.leases[2 * row] : 0;
+  const int tail_block = length > 0 ? call.leases[2 * row + 1] : 0;
+  int32_t* record = args.records + int64_t{unit} * args.record_words;
+  const int list = thread_index();
+  const int tail = args.num_lists - 1;
+  if (list < args.num_lists) {
+    int tokens = 0, first_page = 0;
+    if (list == tail) {
+      const int full = length - tail_block * args.block_size;
+      tokens = full > 0 ? full : 0;
+    } else if (tail_block > 0) {
+      // A page table never spans blocks, and the pages of a block are contiguous.
+      const uint8_t* table = lease_page(args, blocks_of(args, row), first_block, 0);
+      const int64_t head = int64_t{call.layer} * args.num_kv_heads + kv_head;
+      const int32_t* entry = reinterpret_cast<const int32_t*>(table) + (head * tail + list) * 2;
+      tokens = entry[0];
+      first_page = entry[1];
+    }
+    record[kFirstList + 2 * list] = tokens;
+    record[kFirstList + 2 * list + 1] = first_page;
+    store_shared32(scratch + 4 * list, static_cast<uint32_t>(pages_of(args.lists[list], tokens)));
+  }
+  sync_block();
+  if (thread_index() == 0) {
+    record[kRow] = row;
+    record[kFirstBlock] = first_block;
+    record[kTailBlock] = tail_block;
+    uint32_t pages = 0;
+    for (int i = 0; i < args.num_lists; ++i) pages += load_shared32(scratch + 4 * i);
+    args.unit_pages[unit] = static_cast<int32_t>(pages);
+  }
+}
+
+constexpr int kPrepareThreads = 128;
+
+// Grid: units. Shared memory: a vector of head_size floats per warp, and a word per list.
+__global__ void __launch_bounds__(kPrepareThreads)
+    prepare_units(const __grid_constant__ DecodeArgs args) {
+  const int unit = block_index();
+  const UnitPlace place = place_of(args, unit);
+  const int warps = num_threads() / 32, warp = thread_index() / 32, lane = thread_index() % 32;
+  const uint32_t vector = shared_begin() + warp * args.head_size * 4;
+  write_record(args, unit, place.query, place.kv_head,
+               shared_begin() + warps * args.head_size * 4);
+  sync_block();
+  const Lease lease = lease_of(args, unit);
+  const int width = basis_width(args);
+  for (int head = warp; head < place.heads; head += warps) {
+    uint16_t* to = args.queries + (int64_t{unit} * kHeads + head) * args.query_width;
+    const int64_t from = place.query * args.call.query_stride +
+                         (place.first_head + head) * args.call.query_head_stride;
+    for (int d = lane; d < args.head_size; d += 32) {
+      const float x = load_element(args.call.query, args.call.query_element, from + d);
+      store_shared32(vector + 4 * d, as_bits(x));
+      to[d] = element_bits(x, args.element);
+    }
+    sync_warp();
+    if (args.uses_basis) {
+      for (int r = lane; r < args.basis_rank; r += 32) {
+        const BasisRow row = basis_row(args, lease, place.kv_head, 0, r);
+        float sum = 0;
+        for (int d = 0; d < args.head_size && row.dims; ++d) {
+          sum += load_element(row.dims, row.element, d) * as_float(load_shared32(vector + 4 * d));
+        }
+        to[args.head_size + r] = element_bits(sum, args.element);
+        to[args.head_size + width + r] = element_bits(sum, MDKV_FLOAT16);
+      }
+    }
+    if (args.uses_hadamard) {
+      sync_warp();  // the transform is in place
+      hadamard(vector, args.head_size, lane);
+      for (int d = lane; d < args.head_size; d += 32) {
+        const float x = as_float(load_shared32(vector + 4 * d));
+        to[args.head_size + 2 * width + d] = element_bits(x, MDKV_FLOAT16);
+      }
+    }
+    sync_warp();
+  }
+}
+
+}  // namespace mdkv

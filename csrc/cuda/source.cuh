@@ -1,0 +1,183 @@
+// A warp's share of a batch's pages: finds them one after the other and starts their copies.
+#pragma once
+
+#include "pages.cuh"
+
+namespace mdkv {
+
+// What is in a stage: words of shared memory behind the stages.
+enum Ticket : int32_t { kUnit = 0, kList = 1, kTokens = 2, kTicketWords = 4 };
+
+// A warp's shared memory: stages, 16 bytes of zeros, a ticket per stage.
+struct SharedPlaces {
+  uint32_t stages, zeros, tickets;
+};
+
+MDKV_DEVICE SharedPlaces shared_places(const DecodeArgs& args) {
+  const uint32_t zeros = shared_begin() + args.stages * args.stage_bytes;
+  return {shared_begin(), zeros, zeros + kChunk};
+}
+
+// Pages [begin, end) of all pages of the batch, in the order of units, lists and pages.
+struct Share {
+  int begin, end;
+  int unit;     // in which the share begins
+  int in_unit;  // pages of it before the share
+};
+
+MDKV_DEVICE int warp_scan(int x, int lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = static_cast<int>(shuffle(static_cast<uint32_t>(x), (lane - step) & 31));
+    if (lane >= step) x += other;
+  }
+  return x;
+}
+
+// All pages have equal bytes, so equal shares of pages are equal shares of bytes.
+MDKV_DEVICE Share find_share(const DecodeArgs& args, int warp, int lane) {
+  const int per_lane = (args.units + 31) / 32;
+  const int first = lane * per_lane;
+  int mine = 0;
+  for (int i = 0; i < per_lane; ++i) {
+    if (first + i < args.units) mine += args.unit_pages[first + i];
+  }
+  const int until = warp_scan(mine, lane);
+  const int total = static_cast<int>(shuffle(static_cast<uint32_t>(until), 31));
+  int share = (total + args.warps - 1) / args.warps;
+  share = share > kMinShare ? share : kMinShare;
+  if (warp == 0 && lane == 0) *args.share = share;
+  Share found;
+  found.begin = warp * share < total ? warp * share : total;
+  found.end = found.begin + share < total ? found.begin + share : total;
+  found.unit = found.in_unit = 0;
+  if (found.begin == found.end) return found;
+  // The units of one lane, and among them 32 at a time.
+  int holder = first_bit(ballot(found.begin < until));
+  int before = static_cast<int>(shuffle(static_cast<uint32_t>(until - mine), holder));
+  for (int unit = holder * per_lane;; unit += 32) {
+    const int pages = unit + lane < args.units ? args.unit_pages[unit + lane] : 0;
+    const int so_far = before + warp_scan(pages, lane);
+    const uint32_t behind = ballot(found.begin < so_far);
+    if (behind != 0) {
+      holder = first_bit(behind);
+      found.unit = unit + holder;
+      found.in_unit =
+          found.begin - static_cast<int>(shuffle(static_cast<uint32_t>(so_far - pages), holder));
+      return found;
+    }
+    before = static_cast<int>(shuffle(static_cast<uint32_t>(so_far), 31));
+  }
+}
+
+class PageSource {
+ public:
+  MDKV_DEVICE PageSource(const DecodeArgs& args, const SharedPlaces& places, const Share& share,
+                         int lane)
+      : args_(args),
+        places_(places),
+        lane_(lane),
+        number_(share.begin),
+        end_(share.end),
+        unit_(share.unit),
+        page_(share.in_unit) {
+    if (number_ < end_) open_unit();
+  }
+
+  MDKV_DEVICE bool has_page() const { return number_ < end_; }
+
+  // Starts the copy of the next page into a stage, and writes its ticket.
+  MDKV_DEVICE void start_copy(int stage) {
+    while (page_ >= list_pages_) next_list();
+    if (page_ == looked_up_) look_up();
+    const List& list = args_.lists[list_];
+    const int left = list_tokens_ - page_ * list.tokens_per_page;
+    const int tokens = left < list.tokens_per_page ? left : list.tokens_per_page;
+    const uint8_t* from = address_of(page_ & 31);
+    const uint32_t to = places_.stages + stage * args_.stage_bytes;
+    const int chunks = list.reader == kSlots ? tokens * (list.key_row / kChunk) : list.chunks;
+    for (int n = lane_; n < chunks; n += 32) {
+      copy_async(to + place_of_chunk(list, n), from + n * kChunk);
+    }
+    if (lane_ == 0) {
+      const uint32_t ticket = places_.tickets + stage * kTicketWords * 4;
+      store_shared32(ticket + 4 * kUnit, static_cast<uint32_t>(unit_));
+      store_shared32(ticket + 4 * kList, static_cast<uint32_t>(list_));
+      store_shared32(ticket + 4 * kTokens, static_cast<uint32_t>(tokens));
+    }
+    ++page_;
+    ++number_;
+  }
+
+ private:
+  MDKV_DEVICE void open_unit() {
+    const int32_t* record = args_.records + int64_t{unit_} * args_.record_words;
+    // The merge finds a unit's parts by its first page.
+    if (page_ == 0 && lane_ == 0) args_.unit_begin[unit_] = number_;
+    blocks_ = blocks_of(args_, record[kRow]);
+    first_block_ = record[kFirstBlock];
+    tail_block_ = record[kTailBlock];
+    list_ = 0;
+    open_list();
+  }
+
+  MDKV_DEVICE void open_list() {
+    const int32_t* entry =
+        args_.records + int64_t{unit_} * args_.record_words + kFirstList + 2 * list_;
+    list_tokens_ = entry[0];
+    first_page_ = entry[1];
+    list_pages_ = pages_of(args_.lists[list_], list_tokens_);
+    looked_up_ = page_;
+  }
+
+  // Leaves a list, or a unit with its last; page_ is then counted on from there.
+  MDKV_DEVICE void next_list() {
+    page_ -= list_pages_;
+    if (++list_ < args_.num_lists) {
+      open_list();
+      looked_up_ = page_;
+      return;
+    }
+    do {
+      ++unit_;
+    } while (args_.unit_pages[unit_] == 0);
+    open_unit();
+  }
+
+  // Every thread finds the address of one of the next pages, up to a multiple of 32.
+  MDKV_DEVICE void look_up() {
+    const int page = (page_ & ~31) + lane_;
+    const int in_list = page < list_pages_ ? page : list_pages_ - 1;
+    if (list_ + 1 < args_.num_lists) {
+      address_ = lease_page(args_, blocks_, first_block_, first_page_ + in_list);
+    } else {
+      const int64_t block = blocks_[tail_block_ + in_list];
+      const int unit_head = unit_ / args_.tiles % args_.num_kv_heads;
+      const int64_t page_in_block = int64_t{args_.call.layer} * args_.num_kv_heads + unit_head;
+      address_ = static_cast<const uint8_t*>(args_.call.arena) +
+                 (block * args_.pages_per_block + page_in_block) * args_.page_bytes;
+    }
+    looked_up_ = (page_ & ~31) + 32;
+  }
+
+  MDKV_DEVICE const uint8_t* address_of(int lane) const {
+    const uint64_t address = reinterpret_cast<uint64_t>(address_);
+    const uint64_t low = shuffle(static_cast<uint32_t>(address), lane);
+    const uint64_t high = shuffle(static_cast<uint32_t>(address >> 32), lane);
+    return reinterpret_cast<const uint8_t*>(high << 32 | low);
+  }
+
+  const DecodeArgs& args_;
+  const SharedPlaces& places_;
+  int lane_;
+  int number_, end_;  // of the next page among all, and where the share ends
+  int unit_, list_;
+  int page_;       // the next one in its list
+  int looked_up_;  // pages of the list before this one have addresses
+  int list_pages_, list_tokens_, first_page_;
+  const int32_t* blocks_;
+  int first_block_, tail_block_;
+  const uint8_t* address_;  // of page 32 n + lane
+};
+
+}  // namespace mdkv

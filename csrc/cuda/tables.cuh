@@ -1,0 +1,204 @@
+// A model's lists as kernels know them, made on the host from shapes alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+
+#include "pages.cuh"
+
+namespace mdkv {
+
+constexpr int kHeadSizes[] = {64, 80, 96, 128, 256};
+
+// Bits by which to move chunks so that 8 rows, `distance` chunks apart, lie in as many banks as
+// they can.
+inline int best_swizzle(int distance) {
+  int best = kNoSwizzle, most = 0;
+  for (int by : {kNoSwizzle, 3, 4, 5, 6, 7, 8, 9}) {
+    unsigned banks = 0;
+    for (int row = 0; row < 8; ++row) banks |= 1u << (swizzled(row * distance, by) & 7);
+    const int different = __builtin_popcount(banks);
+    if (different > most) {
+      most = different;
+      best = by;
+    }
+  }
+  return best;
+}
+
+inline List slot_list(const mdkv_shape& shape) {
+  List list = {};
+  list.reader = kSlots;
+  list.rotation = MDKV_IDENTITY;
+  list.rank = shape.head_size;
+  list.bits = 16;
+  list.tokens_per_page = shape.block_size;
+  list.keys_aligned = list.values_aligned = 1;
+  list.key_row = list.value_row = 4 * shape.head_size;
+  list.chunks = shape.block_size * list.key_row / kChunk;
+  list.first_value_chunk = list.last_value_chunk = list.chunks;
+  list.key_swizzle = list.value_swizzle = best_swizzle(list.key_row / kChunk);
+  return list;
+}
+
+inline List format_list(const mdkv_shape& shape, const mdkv_format& format) {
+  if (format.rotation == MDKV_IDENTITY) return slot_list(shape);
+  List list = {};
+  const bool codes = format.bits < 16;
+  list.reader = codes ? kCodes : kElements;
+  list.rotation = format.rotation;
+  list.rank = format.rank;
+  list.bits = format.bits;
+  list.tokens_per_page = format.tokens_per_page;
+  list.key_row = format.tokens_per_page * format.bits / 8;
+  list.value_row = format.rank * format.bits / 8;
+  list.keys_aligned = !codes && list.key_row % kChunk == 0;
+  list.values_aligned = list.value_row % kChunk == 0;
+  const int section = format.rank * list.key_row;
+  const int used = 2 * section + (codes ? 4 * format.tokens_per_page : 0);
+  list.chunks = (used + kChunk - 1) / kChunk;
+  list.key_swizzle = list.value_swizzle = kNoSwizzle;
+  if (section % kChunk != 0) {
+    list.first_value_chunk = list.last_value_chunk = list.chunks;
+    list.values_at = section;
+    list.scales_at = 2 * section;
+    return list;
+  }
+  const auto whole_groups = [](int chunks) { return (chunks + 7) / 8 * 8; };
+  const int chunks = section / kChunk;
+  list.first_value_chunk = chunks;
+  list.last_value_chunk = 2 * chunks;
+  list.values_at = whole_groups(chunks) * kChunk;
+  list.scales_at = 2 * list.values_at;
+  if (list.keys_aligned) list.key_swizzle = best_swizzle(list.key_row / kChunk);
+  // Rows of a matrix are one token apart, or four where tokens are codes.
+  if (list.values_aligned) {
+    list.value_swizzle = best_swizzle(list.value_row / kChunk * (codes ? 4 : 1));
+  }
+  return list;
+}
+
+// Where a list's weighted values are accumulated.
+inline Run run_of(const mdkv_shape& shape, const List& list) {
+  Run run = {list.rotation, list.rank, 0, list.value_row, 1};
+  if (list.reader != kCodes) return run;
+  run.fields = 8 / list.bits;
+  run.aligned = list.values_aligned;
+  if (run.aligned && list.rank == shape.head_size && list.rank % (16 * run.fields) == 0) {
+    // The fields of all bytes then lie one after the other, like whole bytes.
+    run.fields = 1;
+    run.value_row = list.rank;
+  }
+  return run;
+}
+
+// Whether two lists' values add up. Rows of codes must be equally long, unless what lies behind
+// the shorter ones is not read: elements are masked, and whole matrices left out.
+inline bool same_places(const Run& a, const Run& b) {
+  const bool any_row = a.fields == 0 || (a.fields == 1 && a.aligned);
+  return a.rotation == b.rotation && a.fields == b.fields && a.aligned == b.aligned &&
+         (any_row || a.value_row == b.value_row);
+}
+
+// Why a shape is refused; empty if it is not.
+inline std::string check_shape(const mdkv_shape& shape) {
+  const auto number = [](int x) { return std::to_string(x); };
+  if (shape.element != MDKV_FLOAT16 && shape.element != MDKV_BFLOAT16) {
+    return "the cache's type must be float16 or bfloat16";
+  }
+  if (std::find(std::begin(kHeadSizes), std::end(kHeadSizes), shape.head_size) ==
+      std::end(kHeadSizes)) {
+    return "head size " + number(shape.head_size) + " is not built; 64, 80, 96, 128 and 256 are";
+  }
+  if (shape.block_size < 1 || shape.num_layers < 1 || shape.num_kv_heads < 1 || shape.group < 1) {
+    return "block size, layers, KV heads and group must be at least 1";
+  }
+  if (shape.num_formats < 0 || shape.num_formats > MDKV_MAX_FORMATS) {
+    return number(shape.num_formats) + " formats; at most " + number(MDKV_MAX_FORMATS);
+  }
+  for (int f = 0; f < shape.num_formats; ++f) {
+    const mdkv_format& format = shape.formats[f];
+    const std::string name = "format " + number(f) + ": ";
+    const bool codes = format.bits == 8 || format.bits == 4 || format.bits == 2;
+    if (!codes && format.bits != 16) return name + number(format.bits) + " bits";
+    if (format.rank < 4 || format.rank % 4 != 0 || format.rank > shape.head_size) {
+      return name + "rank " + number(format.rank);
+    }
+    const bool whole = format.rank == shape.head_size;
+    const bool fits = format.rotation == MDKV_IDENTITY
+                          ? !codes && whole && format.tokens_per_page == shape.block_size
+                      : format.rotation == MDKV_HADAMARD ? codes && whole
+                                                         : format.rotation == MDKV_BASIS;
+    if (!fits) return name + "rotation " + number(format.rotation) + " of such elements";
+    if (format.rotation == MDKV_BASIS && format.rank > shape.basis_rank) {
+      return name + "rank " + number(format.rank) + " of a basis of " + number(shape.basis_rank);
+    }
+    const int per_byte = codes ? 8 / format.bits : 1;
+    const int64_t row_bits = int64_t{format.tokens_per_page} * format.bits;
+    const int64_t used = 2 * format.rank * row_bits / 8 + (codes ? 4 * format.tokens_per_page : 0);
+    if (format.tokens_per_page < 1 || format.tokens_per_page % per_byte != 0 ||
+        used > int64_t{4} * shape.block_size * shape.head_size) {
+      return name + number(format.tokens_per_page) + " tokens in a page";
+    }
+  }
+  return "";
+}
+
+// Everything but the call, the plan and the workspace.
+inline DecodeArgs make_args(const mdkv_shape& shape) {
+  DecodeArgs args = {};
+  args.num_lists = shape.num_formats + 1;
+  for (int i = 0; i < args.num_lists; ++i) {
+    List& list = args.lists[i];
+    list = i < shape.num_formats ? format_list(shape, shape.formats[i]) : slot_list(shape);
+    const Run run = run_of(shape, list);
+    if (args.num_runs == 0 || !same_places(run, args.runs[args.num_runs - 1])) {
+      args.runs[args.num_runs++] = run;
+    }
+    list.run = args.num_runs - 1;
+    Run& joined = args.runs[list.run];
+    joined.rank = std::max(joined.rank, run.rank);
+    joined.value_row = std::max(joined.value_row, run.value_row);
+    args.uses_basis |= list.rotation == MDKV_BASIS;
+    args.uses_hadamard |= list.rotation == MDKV_HADAMARD;
+  }
+  args.head_size = shape.head_size;
+  args.block_size = shape.block_size;
+  args.num_kv_heads = shape.num_kv_heads;
+  args.group = shape.group;
+  args.tiles = (shape.group + kHeads - 1) / kHeads;
+  args.rows = std::min(shape.group, kHeads);
+  args.pages_per_block = shape.num_layers * shape.num_kv_heads;
+  args.page_bytes = int64_t{4} * shape.block_size * shape.head_size;
+  args.basis_rank = args.uses_basis ? shape.basis_rank : 0;
+  args.prompt_basis = shape.prompt_basis;
+  args.basis_first_page = shape.basis_first_page;
+  args.basis_pages = shape.basis_pages;
+  args.element = shape.element;
+  args.stage_bytes = static_cast<int32_t>(args.page_bytes) + kPadding;
+  args.query_width = 2 * args.head_size + 2 * basis_width(args);
+  args.record_words = kFirstList + 2 * args.num_lists;
+  return args;
+}
+
+// Places the parts of the workspace from `base` on; returns the bytes that they take.
+inline size_t place_workspace(DecodeArgs& args, uint8_t* base) {
+  size_t used = 0;
+  const auto place = [&](auto*& pointer, int64_t count) {
+    pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(base + used);
+    used += (static_cast<size_t>(count) * sizeof(*pointer) + 255) / 256 * 256;
+  };
+  const int64_t units = args.units;
+  const int64_t slots = units * args.num_runs + args.warps;
+  place(args.queries, units * kHeads * args.query_width);
+  place(args.records, units * args.record_words);
+  place(args.unit_pages, units);
+  place(args.unit_begin, units);
+  place(args.share, 1);
+  place(args.part_out, slots * args.rows * args.head_size);
+  place(args.part_lse, slots * args.rows);
+  return used;
+}
+
+}  // namespace mdkv

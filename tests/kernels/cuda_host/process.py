@@ -1,0 +1,53 @@
+"""The CUDA kernels on a CPU in a process of their own, which they end where they go wrong."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+ORDERS = {
+    "copies at once": (0, 0),
+    "copies when waited for": (0, 1),
+    "threads backwards": (1, 1),
+}
+"""How the threads of a block, its blocks and its copies are ordered; results may not depend on it."""
+
+
+def _use_library(path: Path) -> None:
+    os.environ["MDKV_CUDA_LIBRARY"] = str(path)
+    torch.set_num_threads(1)
+
+
+def start(library: Path) -> ProcessPoolExecutor:
+    """One process that runs kernels."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, context, _use_library, (library,))
+
+
+def configure(arena: torch.Tensor | None, order: str) -> None:
+    """Set the order of the next calls, and where they may copy from."""
+    from mdkv_vllm.ops.cuda import library
+
+    begin, size = (0, 0) if arena is None else (arena.data_ptr(), arena.nbytes)
+    library().mdkv_host_configure(
+        *ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size)
+    )
+
+
+def decode(
+    layout, group, basis, programs, order, query, arena, layer, requests, scale, output, lse
+):
+    """Run ``mixed_decode`` with a poisoned workspace, in the process; outputs and lse."""
+    from mdkv_vllm.ops import cuda
+
+    tables = cuda.DecodeTables.build(layout, group, basis, arena.device)
+    workspace = cuda.DecodeWorkspace.allocate(tables.shape, len(query), arena.device, programs)
+    workspace.memory.fill_(0xFF)
+    configure(arena, order)
+    cuda.mixed_decode(query, arena, layer, tables, *requests, scale, output, workspace, lse)
+    return output, lse, arena

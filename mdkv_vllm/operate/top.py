@@ -143,7 +143,7 @@ def _requests(requests: list[dict[str, Any]]) -> Table:
     table.add_column("share of prompt kept once compressed", justify="right")
     for request in requests[:_MOST_REQUESTS]:
         table.add_row(
-            request["request_id"],
+            Text(request["request_id"]),
             f"{request['prompt_tokens']:,}",
             f"{request['planned_share']:.1%}",
         )

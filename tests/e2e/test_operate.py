@@ -1,5 +1,6 @@
 """What operators see of a running server: metrics, Prometheus, dashboard, status, mdkv top."""
 
+import gzip
 import json
 import random
 import re
@@ -9,12 +10,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from monitoring import DASHBOARD, RULES, Prometheus
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from serving import Server
 
 from mdkv_vllm.config import MixedDimConfig
@@ -222,12 +225,43 @@ def test_what_an_alert_compares_has_data(prometheus, rule):
     assert any(prometheus.over_the_last(60, measured)), measured
 
 
-def test_two_ranks_behind_two_api_servers(divisible_model):
+@pytest.fixture
+def collector():
+    """An OpenTelemetry collector over HTTP: its address, and the spans that it got."""
+    spans = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for scope in resource.scope_spans:
+                    spans.extend(scope.spans)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}/v1/traces", spans
+        http.shutdown()
+
+
+def test_two_ranks_behind_two_api_servers(divisible_model, collector):
     """Exact from whichever process answers; counted once, not per rank; the key is asked for."""
+    traces, spans = collector
     with Server(
         divisible_model, {"budget": 0.4}, "--api-server-count=2", "--tensor-parallel-size=2",
-        "--max-model-len=2048", api_key="secret",
-        variables={"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        "--max-model-len=2048", f"--otlp-traces-endpoint={traces}", api_key="secret",
+        variables={
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            # With several API servers vLLM starts its workers before it sets this itself.
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces,
+        },
     ) as server:  # fmt: skip
         finish(send(server, [700, 700, SHORT], max_tokens=8))
         wait_until(lambda: server.metric("mixeddim:full_bytes") == 0)
@@ -249,3 +283,9 @@ def test_two_ranks_behind_two_api_servers(divisible_model):
             request = urllib.request.Request(f"{server.url}/mixeddim/status", headers=headers)
             with pytest.raises(urllib.error.HTTPError, match="401"):
                 urllib.request.urlopen(request, timeout=30)
+        compressions = [r["request_id"] for r in server.status()["recent"]]
+        wait_until(lambda: sum(span.name == "mixeddim.compress" for span in spans) == 2)
+    ours = [span for span in spans if span.name == "mixeddim.compress"]
+    attributes = [{a.key: a.value for a in span.attributes} for span in ours]
+    assert [a["gen_ai.request.id"].string_value for a in attributes] == compressions
+    assert [a["mixeddim.prompt_tokens"].int_value for a in attributes] == [700, 700]

@@ -77,8 +77,8 @@ def token_seconds(server: Server, body: dict[str, Any]) -> tuple[float, float]:
 def compression_totals(server: Server) -> tuple[int, float]:
     """Prompts that a server of ours has compressed, and the seconds it took."""
     answer = server.post("/collective_rpc", {"method": "mixeddim_status"})
-    (totals,) = answer["results"]
-    return totals["prompts"], totals["seconds"]
+    (status,) = answer["results"]
+    return status["totals"]["prompts"], status["totals"]["seconds"]
 
 
 def peak_memory(server: Server, body: dict[str, Any]) -> int:

@@ -13,6 +13,8 @@ from rich.console import Console
 from mdkv_vllm import __version__
 from mdkv_vllm.config import BASIS_FILE, DEFAULT_BUDGET, HEADS_FILE, ConfigError
 from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
+from mdkv_vllm.operate.plan import add_arguments as add_plan_arguments
+from mdkv_vllm.operate.top import add_arguments as add_top_arguments
 
 console = Console(stderr=True)
 
@@ -108,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="PAGE", help="HTML file to write"
     )
     inspect.set_defaults(run=_inspect)
+
+    plan = commands.add_parser("plan", help="how many requests fit in a GPU's memory")
+    add_plan_arguments(plan)
+
+    top = commands.add_parser("top", help="watch a running server")
+    add_top_arguments(top)
 
     demo = commands.add_parser("demo", help="ask a server about a long document")
     demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")

@@ -6,12 +6,32 @@ Scheduler and worker each build one from equal arguments and therefore always ag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from mdkv_vllm.config import PROMPT_BASIS, Budget, MixedDimConfig
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+
+
+class SkipReason(Enum):
+    """Why a prompt stays uncompressed."""
+
+    DISABLED = "disabled"
+    """Compression is off on this server."""
+    FULL_BUDGET = "full_budget"
+    """Its budget keeps everything."""
+    TOO_SHORT = "too_short"
+    """It has fewer than ``min_prompt_tokens`` tokens."""
+    NO_SAVING = "no_saving"
+    """Page table, formats and whole blocks leave nothing to give back."""
+    SHARED_BLOCKS = "shared_blocks"
+    """A prefix-cache hit covers blocks that its lease would have to write."""
+    SESSION = "session"
+    """Its prompt grows later (streaming input)."""
+    NOT_GENERATION = "not_generation"
+    """It is a pooling request."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +75,27 @@ class Policy:
         """
         if not self.config.enabled:
             return None
-        wanted = budget or self.config.default_budget
         floor = None if self.formats.drop else self.formats.formats[0].tokens_per_page
         terms = LeaseTerms(
             block_size=self.geometry.block_size,
             window=self.config.window,
             min_prompt_tokens=max(self.config.min_prompt_tokens, self.config.window + 1),
-            budget=wanted.share_of(prompt_tokens),
+            budget=self.share(prompt_tokens, budget),
             min_blocks=self.layout.min_blocks,
             floor_tokens_per_page=floor,
         )
         return plan_lease(prompt_tokens, terms)
+
+    def share(self, prompt_tokens: int, budget: Budget | None) -> float:
+        """The share of a prompt's bytes that its budget asks to keep."""
+        return (budget or self.config.default_budget).share_of(prompt_tokens)
+
+    def skip_reason(self, prompt_tokens: int, budget: Budget | None) -> SkipReason:
+        """Why :meth:`plan` gave None for these arguments."""
+        if not self.config.enabled:
+            return SkipReason.DISABLED
+        if self.share(prompt_tokens, budget) == 1:
+            return SkipReason.FULL_BUDGET
+        if prompt_tokens < max(self.config.min_prompt_tokens, self.config.window + 1):
+            return SkipReason.TOO_SHORT
+        return SkipReason.NO_SAVING

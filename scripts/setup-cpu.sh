@@ -147,6 +147,8 @@ if "$with_dev"; then
         install_requirements requirements/dev.txt
     run_step eval "$(hash_of requirements/eval.txt)" \
         "methods to compare with (requirements/eval.txt)" install_requirements requirements/eval.txt
+    run_step prometheus "$(hash_of scripts/setup-prometheus.sh)" \
+        "Prometheus and promtool (scripts/setup-prometheus.sh)" scripts/setup-prometheus.sh
 fi
 
 # The compiled ops link against torch, so new pins mean a new build.

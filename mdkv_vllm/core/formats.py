@@ -102,6 +102,11 @@ class PageFormat:
         return CODE_ZERO[self.bits] if self.quantised else 0.0
 
     @property
+    def bytes_per_token(self) -> float:
+        """Bytes of one token's K and V with their scales, without rounding to pages."""
+        return 2 * (self.rank * self.bits / 8 + SCALE_BYTES * self.quantised)
+
+    @property
     def section_bytes(self) -> int:
         """Bytes of the K codes of a page; the V codes take as many."""
         return self.rank * self.tokens_per_page * self.bits // 8

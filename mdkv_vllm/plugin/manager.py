@@ -18,6 +18,8 @@ from vllm.v1.request import Request
 
 from mdkv_vllm.config import REQUEST_BUDGET, request_budget
 from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
+from mdkv_vllm.policy import SkipReason
 
 
 class MixedDimManager(FullAttentionManager):
@@ -32,6 +34,7 @@ class MixedDimManager(FullAttentionManager):
         self.enable_caching = True
         self._plans: dict[str, LeasePlan | None] = {}
         self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
+        self._metrics = SchedulerMetrics(self._policy)
 
     def plan_of(self, request: Request) -> LeasePlan | None:
         """The lease plan of a request, None where it stays uncompressed."""
@@ -50,8 +53,12 @@ class MixedDimManager(FullAttentionManager):
     ) -> None:
         """Hash the request's full blocks, but none from its lease on."""
         if request.request_id not in self._plans:
-            self._plans[request.request_id] = self._decide(request)
+            plan, reason = self._decide(request)
+            self._plans[request.request_id] = plan
+            if self._seen.get(id(request.block_hashes)) is not request:  # not a resumed one
+                self._metrics.decided(self._share(request), reason)
             self._seen[id(request.block_hashes)] = request
+        self._metrics.holds(request.request_id, len(self.req_to_blocks[request.request_id]))
         if not self._hashes_blocks:
             return
         plan = self._plans[request.request_id]
@@ -61,15 +68,23 @@ class MixedDimManager(FullAttentionManager):
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
-    def _decide(self, request: Request) -> LeasePlan | None:
-        """The plan of a request that has just been given its first blocks.
+    def _share(self, request: Request) -> float:
+        params = request.sampling_params
+        budget = request_budget(params.extra_args) if params is not None else None
+        return self._policy.share(request.num_prompt_tokens, budget)
+
+    def _decide(self, request: Request) -> tuple[LeasePlan | None, SkipReason | None]:
+        """The plan of a request that has just been given its first blocks, or why it has none.
 
         A request that cannot be compressed is told so in its own parameters, which are what
         the worker plans by.
         """
+        if request.sampling_params is None:
+            return None, SkipReason.NOT_GENERATION
         plan = self.plan_of(request)
         if plan is None:
-            return None
+            budget = request_budget(request.sampling_params.extra_args)
+            return None, self._policy.skip_reason(request.num_prompt_tokens, budget)
         shared_blocks = self.num_cached_block.get(request.request_id, 0)
         # Sessions extend their prompt later, and a lease must not be written into blocks that
         # a prefix hit shares with other requests.
@@ -77,8 +92,8 @@ class MixedDimManager(FullAttentionManager):
             params = request.sampling_params.clone()
             params.extra_args = {REQUEST_BUDGET: 1.0}
             request.sampling_params = params
-            return None
-        return plan
+            return None, SkipReason.SESSION if request.resumable else SkipReason.SHARED_BLOCKS
+        return plan, None
 
     def find_longest_cache_hit(  # type: ignore[override]
         self,
@@ -123,10 +138,12 @@ class MixedDimManager(FullAttentionManager):
         plan = self._plans.get(request_id)
         if plan is not None and processed_computed_tokens >= plan.prompt_tokens:
             self._remove_blocks_in_range(request_id, 0, plan.first_lease_block)
+            self._metrics.returned(request_id, plan.first_lease_block)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; vLLM frees what is returned."""
         self._plans.pop(request_id, None)
+        self._metrics.released(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:

@@ -59,10 +59,12 @@ class MixedDimPlatform(Platform):
                 )
             super().check_and_update_config(vllm_config)
             return
+        from mdkv_vllm.plugin.metrics.directory import expose_metrics
         from mdkv_vllm.plugin.supported import refuse_unsupported
 
         cls._request_config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
         refuse_unsupported(vllm_config, cls.device_type)
+        expose_metrics()
         super().check_and_update_config(vllm_config)
         if not vllm_config.cache_config.user_specified_block_size:
             vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
@@ -72,9 +74,12 @@ class MixedDimPlatform(Platform):
     def register_custom_kv_cache_specs(cls, vllm_config: VllmConfig) -> None:
         """Make the lease manager known to the engine core."""
         super().register_custom_kv_cache_specs(vllm_config)
+        from mdkv_vllm.plugin.metrics.directory import start_recording
         from mdkv_vllm.plugin.spec import register_spec
 
         register_spec()
+        if mixeddim_selected(vllm_config):
+            start_recording(vllm_config)
 
     @classmethod
     def validate_request(cls, processed_inputs, params) -> None:  # type: ignore[no-untyped-def] # noqa: ANN001

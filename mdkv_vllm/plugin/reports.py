@@ -23,6 +23,7 @@ class CompressionReport:
         prompt_tokens: length of the prompt.
         full_blocks: blocks the prompt held before.
         kept_blocks: blocks it holds after (lease and full-dimension tail).
+        lease_blocks: blocks of the lease.
         kept_share: bytes kept over full bytes.
         tokens: per format, tokens kept over all layers and heads, dropped ones included.
         seconds: how long it took, on a GPU by the GPU's own clock.
@@ -32,6 +33,7 @@ class CompressionReport:
     prompt_tokens: int
     full_blocks: int
     kept_blocks: int
+    lease_blocks: int
     kept_share: float
     tokens: dict[str, int]
     seconds: float
@@ -90,6 +92,10 @@ class Stopwatch:
 class CompressionRecord:
     """A compression given to the device, whose numbers may not be there yet.
 
+    Attributes:
+        request_id: vLLM's id.
+        resident: whether the request still holds its lease.
+
     Args:
         request_id: vLLM's id.
         plan: the prompt's lease plan.
@@ -100,7 +106,8 @@ class CompressionRecord:
     def __init__(
         self, request_id: str, plan: LeasePlan, tokens: torch.Tensor, watch: Stopwatch
     ) -> None:
-        self._request_id, self._plan, self._watch = request_id, plan, watch
+        self.request_id, self.resident = request_id, True
+        self._plan, self._watch = plan, watch
         totals = tokens.sum((0, 1))
         self._tokens = torch.empty(
             totals.shape, dtype=totals.dtype, pin_memory=totals.device.type == "cuda"
@@ -122,10 +129,11 @@ class CompressionRecord:
         per_format["drop"] = plan.span_tokens * layout.pages_per_block - sum(per_format.values())
         full = -(-plan.prompt_tokens // plan.block_size)
         return CompressionReport(
-            self._request_id,
+            self.request_id,
             plan.prompt_tokens,
             full,
             full - plan.first_lease_block,
+            plan.num_lease_blocks,
             plan.kept_share,
             per_format,
             seconds,

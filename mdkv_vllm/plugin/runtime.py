@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -14,6 +15,7 @@ from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.ops.decode import DecodeKernel
 from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, StepBuffers
+from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention
 from mdkv_vllm.plugin.reports import CompressionRecord, Stopwatch, Totals
 from mdkv_vllm.plugin.rows import BatchOrder, Request
@@ -118,6 +120,32 @@ class Runtime:
         self._pending: list[_Pending] = []
         self._records: list[CompressionRecord] = []
         self._stepping = False
+        self._metrics: WorkerMetrics | None = None
+
+    def start_counting(self, metrics: WorkerMetrics) -> None:
+        """Count from here on; what came before was vLLM's rehearsal.
+
+        Args:
+            metrics: told of every compression and of the requests that are gone.
+        """
+        self.read_records(wait=True)
+        self.totals = Totals()
+        self._metrics = metrics
+
+    def status(self) -> dict[str, Any]:
+        """Totals, the requests now resident without their content, and recent compressions."""
+        self.read_records(wait=True)
+        requests = [
+            {
+                "request_id": request_id,
+                "prompt_tokens": prompt.request.prompt_tokens,
+                "planned_share": prompt.plan.kept_share if prompt.plan else 1.0,
+            }
+            for request_id, prompt in self._prompts.items()
+        ]
+        totals = asdict(self.totals)
+        recent = totals.pop("recent")
+        return {"totals": totals, "requests": requests, "recent": recent}
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:
         """Index of a layer from its view of the cache."""
@@ -283,6 +311,10 @@ class Runtime:
                 query.prompt.window[:, :, query.at] = self._recent[:, query.token]
         self._from_recent = []
         gone = finished | preempted
+        for record in self._records:
+            record.resident &= record.request_id not in gone
+        if self._metrics is not None:
+            self._metrics.released(gone)
         for pending in self._pending:
             if pending.prompt.request.request_id not in gone:
                 self._compress(pending)
@@ -332,7 +364,11 @@ class Runtime:
             wait: wait for those that it has not.
         """
         while self._records and (wait or self._records[0].finished):
-            self.totals.add(self._records.pop(0).read(self.policy.layout))
+            record = self._records.pop(0)
+            report = record.read(self.policy.layout)
+            self.totals.add(report)
+            if self._metrics is not None:
+                self._metrics.record_compression(report, resident=record.resident)
 
 
 _current: Runtime | None = None

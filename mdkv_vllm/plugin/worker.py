@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,10 @@ from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel, kernels_for
 from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
+from mdkv_vllm.plugin.metrics.configuration import configuration
+from mdkv_vllm.plugin.metrics.directory import start_recording
+from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
-from mdkv_vllm.plugin.reports import Totals
 from mdkv_vllm.plugin.rows import batch_order, new_requests
 from mdkv_vllm.plugin.runtime import Runtime, StepLimits, install_runtime
 from mdkv_vllm.plugin.spec import MixedDimSpec
@@ -104,7 +105,11 @@ class MixedDimWorker(Worker):
         """As vLLM does it; the requests that it makes up meanwhile are not counted."""
         times = super().compile_or_warm_up_model()
         assert self._runtime is not None
-        self._runtime.totals = Totals()
+        start_recording(self.vllm_config, self.rank % self.parallel_config.tensor_parallel_size)
+        policy, model = self._runtime.policy, self.vllm_config.model_config
+        self._configuration = configuration(policy, model.model)
+        heads = model.get_total_num_kv_heads()
+        self._runtime.start_counting(WorkerMetrics(policy, self._configuration, heads))
         return times
 
     def execute_model(
@@ -120,10 +125,9 @@ class MixedDimWorker(Worker):
             return super().execute_model(scheduler_output)
 
     def mixeddim_status(self) -> dict[str, Any]:
-        """Totals and recent compressions, for ``collective_rpc``."""
+        """Configuration, totals and requests, for ``collective_rpc``."""
         assert self._runtime is not None
-        self._runtime.read_records(wait=True)
-        return asdict(self._runtime.totals)
+        return {"configuration": self._configuration, **self._runtime.status()}
 
 
 def policy_of(specs: list[KVCacheSpec]) -> Policy:

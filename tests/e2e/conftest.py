@@ -1,9 +1,13 @@
 """A real server of the real model, shared by the tests of this folder."""
 
 import pytest
+import torch
 from serving import Server
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head_scores
 from mdkv_vllm.cli import main
+from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.models import prepare_smollm2
 
 pytest.importorskip("vllm")
@@ -29,3 +33,23 @@ def server(model_folder):
         "--kv-cache-dtype=bfloat16",
     ) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def divisible_model(tmp_path_factory, model_folder):
+    """A random model whose heads two ranks can share; the real one has three KV heads."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("divisible")
+    config = LlamaConfig(
+        hidden_size=256, intermediate_size=192, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+        vocab_size=49152, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    # The square roots of both ranks' scores (KV heads 0 and 1) sum to 3, so a head's pages do not
+    # depend on how many share its lease; but the ranks' scores lie in different heads.
+    scores = torch.tensor([[0, 0, 9, 0], [2.25, 0, 0, 0], [1, 1.25, 0, 0]])
+    info = ArtifactInfo(str(folder), model_identity(str(folder)), "test", "", 1)
+    save_head_scores(folder / HEADS_FILE, scores, info)
+    return folder

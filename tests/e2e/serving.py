@@ -37,7 +37,7 @@ def environment():
 class Server:
     """``vllm serve MODEL --attention-backend mixeddim`` on a free port of this machine."""
 
-    def __init__(self, model, settings, *arguments):
+    def __init__(self, model, settings, *arguments, api_key=None, variables=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -47,11 +47,16 @@ class Server:
             "--served-model-name=model", "--enforce-eager", "--attention-backend=mixeddim",
             "--additional-config", json.dumps({"mixeddim": settings}), *arguments,
         ]  # fmt: skip
+        self.headers = {"Content-Type": "application/json"}
+        if api_key:
+            self.command += ["--api-key", api_key]
+            self.headers["Authorization"] = f"Bearer {api_key}"
+        self.environment = environment() | (variables or {})
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment(),
+            self.command, stdout=self.log, stderr=subprocess.STDOUT, env=self.environment,
             start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
@@ -74,16 +79,17 @@ class Server:
         return Path(self.log.name).read_text()
 
     def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=60) as reply:
+        request = urllib.request.Request(self.url + path, headers=self.headers)
+        with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.read().decode()
 
     def post(self, path, **body):
         """Status and JSON body."""
-        request = urllib.request.Request(
-            self.url + path,
-            json.dumps({"model": "model", **body}).encode(),
-            {"Content-Type": "application/json"},
-        )
+        return self.post_text(path, json.dumps({"model": "model", **body}))
+
+    def post_text(self, path, text):
+        """Status and JSON body."""
+        request = urllib.request.Request(self.url + path, text.encode(), self.headers)
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
                 return reply.status, json.loads(reply.read())

@@ -5,11 +5,14 @@ is admitted, prefilled in chunks, decoded, preempted, aborted or shared, a prefi
 must find the tokens it stands for, and a lease must be its request's alone.
 """
 
+import math
+
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from prometheus_client.utils import floatToGoString
 
 pytest.importorskip("vllm")
 
@@ -26,10 +29,21 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from mdkv_vllm.config import REQUEST_BUDGET, MixedDimConfig
+from mdkv_vllm.plugin.metrics.recorder import current_recorder
+from mdkv_vllm.plugin.metrics.table import (
+    BLOCKS_RETURNED,
+    FULL_BYTES,
+    KEPT_BYTES,
+    PROMPT_BUDGET,
+    PROMPTS_COMPRESSED,
+    PROMPTS_SKIPPED,
+)
 from mdkv_vllm.plugin.requests import admit
 from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
+from mdkv_vllm.policy import SkipReason
 
 BLOCK, LAYERS, BLOCKS = 16, 2, 64
+BLOCK_BYTES = LAYERS * 2 * BLOCK * 2 * 64 * 2
 CONFIG = MixedDimConfig(budget=0.4, window=8, min_prompt_tokens=48)
 register_spec()
 init_none_hash(sha256)
@@ -86,6 +100,7 @@ class LeaseLife(RuleBasedStateMachine):
         self.before_last_step: dict[str, int] = {}
         self.pending: list[tuple[Request, list[int]]] = []
         self.count = 0
+        self.admitted: dict[str, Request] = {}
 
     @rule(
         which=st.integers(0, 2),
@@ -112,6 +127,7 @@ class LeaseLife(RuleBasedStateMachine):
         request.status = RequestStatus.RUNNING
         request.num_computed_tokens = num_hit
         self.running.append(request)
+        self.admitted[request.request_id] = request
         self._run(request, chunk)
 
     @precondition(lambda self: self.running)
@@ -208,9 +224,28 @@ class LeaseLife(RuleBasedStateMachine):
                 if self.before_last_step[request.request_id] >= plan.prompt_tokens:
                     assert self.memory[block.block_id] == ("lease", request.request_id)
 
+    @invariant()
+    def metrics_are_exact(self):
+        recorder = current_recorder()
+        blocks = [b for r in self.running for b in self.single.req_to_blocks[r.request_id]]
+        assert recorder.value(FULL_BYTES) == len(blocks) * BLOCK_BYTES
+        kept = sum(not block.is_null for block in blocks)
+        assert recorder.value(KEPT_BYTES) == kept * BLOCK_BYTES
+        skipped = sum(recorder.value(PROMPTS_SKIPPED, reason=r.value) for r in SkipReason)
+        plans = [self.single.plan_of(request) for request in self.admitted.values()]
+        assert skipped == plans.count(None)
+        bounds = (*PROMPT_BUDGET.buckets, math.inf)
+        assert len(plans) == sum(
+            recorder.value(PROMPT_BUDGET, "mixeddim:prompt_budget_bucket", le=floatToGoString(b))
+            for b in bounds
+        )
+        assert recorder.value(PROMPTS_COMPRESSED) <= recorder.value(BLOCKS_RETURNED)
+
     def teardown(self):
         for request in self.running:
             self.manager.free(request)
+        assert current_recorder().value(FULL_BYTES) == 0
+        assert current_recorder().value(KEPT_BYTES) == 0
         assert self.pool.get_num_free_blocks() == BLOCKS - 1
 
 
@@ -286,6 +321,8 @@ def test_opting_in_never_writes_shared_blocks():
     assert run_prompt(manager, late) > 0
     assert manager.coordinator.single_type_managers[0].plan_of(late) is None
     assert late.sampling_params.extra_args == {REQUEST_BUDGET: 1.0}
+    shared = SkipReason.SHARED_BLOCKS.value
+    assert current_recorder().value(PROMPTS_SKIPPED, reason=shared) == 1
     assert run_prompt(manager, make_request("c", document(0, 320), 0.3, config)) == 0
 
 
@@ -319,3 +356,37 @@ def test_a_resumed_request_hits_nothing_of_its_own_lease():
     first_lease = spec_for().policy.plan(320, None).first_lease_block
     assert spec_for().policy.plan(700, None).first_lease_block > first_lease
     assert run_prompt(manager, resumed) == first_lease * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "config", "changes", "reason"),
+    [
+        (40, None, CONFIG, {}, SkipReason.TOO_SHORT),
+        (320, 1.0, CONFIG, {}, SkipReason.FULL_BUDGET),
+        (48, None, CONFIG, {}, SkipReason.NO_SAVING),
+        (320, None, MixedDimConfig(enabled=False), {}, SkipReason.DISABLED),
+        (320, None, CONFIG, {"resumable": True}, SkipReason.SESSION),
+    ],
+)
+def test_a_skipped_prompt_is_counted_once_by_its_reason(length, budget, config, changes, reason):
+    manager = make_manager(config=config)
+    request = make_request("a", document(0, length), budget, config, **changes)
+    run_prompt(manager, request)
+    manager.free(request)
+    request.status, request.num_computed_tokens = RequestStatus.PREEMPTED, 0
+    run_prompt(manager, request)
+    counts = {r: current_recorder().value(PROMPTS_SKIPPED, reason=r.value) for r in SkipReason}
+    assert {r: count for r, count in counts.items() if count} == {reason: 1}
+
+
+def test_what_a_compression_gives_back_is_counted():
+    manager = make_manager()
+    run_prompt(manager, make_request("a", document(0, 320)))
+    for _ in range(2):
+        manager.remove_skipped_blocks("a", 320, 320)
+    returned = spec_for().policy.plan(320, None).first_lease_block
+    assert current_recorder().value(PROMPTS_COMPRESSED) == 1
+    assert current_recorder().value(BLOCKS_RETURNED) == returned
+    assert current_recorder().value(KEPT_BYTES) == (20 - returned) * BLOCK_BYTES
+    bucket = {"sample": "mixeddim:prompt_budget_bucket", "le": "0.5"}
+    assert current_recorder().value(PROMPT_BUDGET, **bucket) == 1

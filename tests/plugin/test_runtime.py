@@ -14,7 +14,12 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.ops.compress import compression_kernels
 from mdkv_vllm.ops.decode import CpuDecode, DecodeSetting
+from mdkv_vllm.plugin.metrics.configuration import configuration
+from mdkv_vllm.plugin.metrics.recorder import Recorder
+from mdkv_vllm.plugin.metrics.table import COMPRESSED_TOKENS, LEASE_BYTES
+from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
+from mdkv_vllm.plugin.reports import Stopwatch
 from mdkv_vllm.plugin.rows import Request, RunnerV1Order, RunnerV2Order
 from mdkv_vllm.plugin.runtime import Runtime, StepLimits
 from mdkv_vllm.policy import Policy
@@ -249,3 +254,48 @@ def test_orders_of_both_runners():
     v2 = RunnerV2Order(SimpleNamespace(req_states=states))
     batch.req_idx = torch.tensor([2, 7]).numpy()
     assert v2.request_ids(batch) == ["b", "a"]
+
+
+def counted(worker):
+    """Has the worker count from now on; where to look."""
+    recorder = Recorder()
+    policy = worker.runtime.policy
+    labels = configuration(policy, "/nowhere")
+    worker.runtime.start_counting(WorkerMetrics(policy, labels, HEADS, recorder))
+    return recorder
+
+
+def test_rehearsed_compressions_are_not_counted():
+    worker = Worker().prefill([PROMPT])
+    recorder = counted(worker)
+    assert worker.runtime.status()["totals"]["prompts"] == 0
+    assert recorder.value(LEASE_BYTES) == recorder.value(COMPRESSED_TOKENS, format="i4") == 0
+
+
+def test_a_lease_is_counted_while_its_request_lives():
+    worker = Worker()
+    recorder = counted(worker)
+    worker.prefill([PROMPT])
+    lease_blocks = worker.runtime.policy.plan(PROMPT, None).num_lease_blocks
+    block_bytes = LAYERS * HEADS * worker.runtime.policy.geometry.page_bytes
+    assert recorder.value(LEASE_BYTES) == lease_blocks * block_bytes
+    (request,) = worker.runtime.status()["requests"]
+    assert request["prompt_tokens"] == PROMPT
+    with worker.runtime.step({"a"}, set(), []):
+        pass
+    assert recorder.value(LEASE_BYTES) == 0
+    assert worker.runtime.status()["requests"] == []
+
+
+def test_numbers_that_come_after_a_preemption_count_no_lease(monkeypatch):
+    worker = Worker()
+    recorder = counted(worker)
+    with monkeypatch.context() as slow:
+        slow.setattr(Stopwatch, "finished", False)  # as a GPU that has not caught up
+        worker.prefill([PROMPT])
+        assert recorder.value(COMPRESSED_TOKENS, format="i4") == 0
+        with worker.runtime.step(set(), {"a"}, []):
+            pass
+    assert worker.runtime.status()["totals"]["prompts"] == 1
+    assert recorder.value(COMPRESSED_TOKENS, format="i4") > 0
+    assert recorder.value(LEASE_BYTES) == 0

@@ -1,0 +1,231 @@
+"""``mdkv plan``: how many requests of what length fit in a GPU's memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mdkv_vllm.config import DEFAULT_BUDGET, MixedDimConfig
+from mdkv_vllm.core.formats import PageGeometry
+from mdkv_vllm.eval.inspect import read_config
+from mdkv_vllm.operate.model_sizes import ModelSizes, read_model_sizes
+from mdkv_vllm.policy import Policy
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are all alike.
+
+    Attributes:
+        prompt: prompt tokens.
+        answer: generated tokens; a request is counted at its longest.
+    """
+
+    prompt: int
+    answer: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What fits in the blocks of one KV cache.
+
+    Attributes:
+        blocks: blocks of the cache.
+        full_blocks: blocks of one request that is never compressed, at its longest.
+        kept_blocks: blocks of one that was compressed, at its longest.
+        prefill_blocks: blocks of one that has just been prefilled, before it is compressed.
+    """
+
+    blocks: int
+    full_blocks: int
+    kept_blocks: int
+    prefill_blocks: int
+
+    @property
+    def full(self) -> int:
+        """Requests that fit uncompressed."""
+        return self.blocks // self.full_blocks
+
+    @property
+    def compressed(self) -> int:
+        """Requests that fit once all are compressed."""
+        return self.blocks // self.kept_blocks if self.prefill_blocks <= self.blocks else 0
+
+    @property
+    def steady(self) -> int:
+        """Requests that fit while one of them is prefilled, which happens uncompressed."""
+        if self.prefill_blocks > self.blocks:
+            return 0
+        rest = (self.blocks - self.prefill_blocks) // self.kept_blocks
+        return min(rest + 1, self.compressed)
+
+
+def capacity(policy: Policy, cache_bytes: int, load: Load) -> Capacity:
+    """What fits, by the lease plans that scheduler and worker make.
+
+    Args:
+        policy: the settings applied to the model, as one rank has it.
+        cache_bytes: the KV cache of one rank.
+        load: the requests.
+    """
+    size = policy.geometry.block_size
+    block_bytes = policy.geometry.page_bytes * policy.layout.pages_per_block
+    full = -(-(load.prompt + load.answer) // size)
+    plan = policy.plan(load.prompt, None)
+    returned = plan.first_lease_block if plan else 0
+    # One block is vLLM's null block, which is never lent.
+    blocks = max(cache_bytes // block_bytes - 1, 0)
+    return Capacity(blocks, full, full - returned, -(-load.prompt // size))
+
+
+def policy_for(
+    sizes: ModelSizes, config: MixedDimConfig, block_size: int, cache_dtype: torch.dtype, ranks: int
+) -> Policy:
+    """The policy of one tensor-parallel rank."""
+    geometry = PageGeometry(block_size, sizes.head_size, cache_dtype)
+    return Policy(config, geometry, sizes.layers, max(1, sizes.kv_heads // ranks))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a text such as ``80GiB``, ``24 GB`` or ``1073741824``.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is no size.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMG]i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; allowed are such as 80GiB or 24GB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the command line of ``mdkv plan``."""
+    parser.add_argument("model", help="model folder, config.json, or hub name")
+    parser.add_argument(
+        "--gpu-memory", type=parse_bytes, required=True, metavar="SIZE",
+        help="memory of one GPU, such as 80GiB",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt", type=int, nargs="+", required=True, metavar="TOKENS", help="prompt lengths"
+    )
+    parser.add_argument(
+        "--answer", type=int, default=512, metavar="TOKENS",
+        help="generated tokens per request (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=DEFAULT_BUDGET,
+        help="share of prompt bytes to keep (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--settings", default="{}", metavar="JSON", help="""other settings, as '{"window": 64}'"""
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="type of the cache (default: the model's)",
+    )  # fmt: skip
+    parser.add_argument("--block-size", type=int, default=16, help="default: %(default)s")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE",
+        help="as vLLM's flag of that name (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", type=parse_bytes, metavar="SIZE",
+        help="size of the model's weights (default: from its files)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--overhead", type=parse_bytes, default=2 * _GIB, metavar="SIZE",
+        help="activations, graphs and libraries on each GPU, an assumption (default: 2GiB)",
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the plan.
+
+    Raises:
+        ValueError: an option is out of range, or the weights leave no room.
+    """
+    _check(options)
+    try:
+        settings = json.loads(options.settings)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--settings is {options.settings!r}, no JSON: {error}") from error
+    config = read_config(options.budget, settings)
+    sizes = read_model_sizes(options.model)
+    auto = options.kv_cache_dtype == "auto"
+    dtype = sizes.dtype if auto else getattr(torch, options.kv_cache_dtype)
+    policy = policy_for(sizes, config, options.block_size, dtype, options.tensor_parallel_size)
+    weights = (options.weights or sizes.weight_bytes) // options.tensor_parallel_size
+    usable = int(options.gpu_memory * options.gpu_memory_utilization)
+    cache = usable - weights - options.overhead
+    if cache <= 0:
+        raise ValueError(
+            f"--gpu-memory {options.gpu_memory / _GIB:.1f} GiB leaves no KV cache: of the "
+            f"{usable / _GIB:.1f} GiB to use, weights take {weights / _GIB:.1f} and --overhead "
+            f"{options.overhead / _GIB:.1f}"
+        )
+    console = Console()
+    source = "--weights" if options.weights else sizes.weights_from
+    _line(console, f"weights per GPU   {weights / _GIB:8.2f} GiB  ({source})")
+    _line(console, f"overhead          {options.overhead / _GIB:8.2f} GiB  (assumed; --overhead)")
+    _line(console, f"KV cache per GPU  {cache / _GIB:8.2f} GiB  ({dtype}, on each of "
+                   f"{options.tensor_parallel_size})")  # fmt: skip
+    console.print(_table(policy, cache, options))
+    _line(console, "Requests are counted at their longest, with nothing shared. A request is")
+    _line(console, "prefilled uncompressed; 'while one prefills' is what a busy server holds.")
+    longest = max(options.prompt) + options.answer
+    if sizes.context and longest > sizes.context:
+        _line(console, f"Note: {longest} tokens exceed the model's context of {sizes.context}.")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _check(options: argparse.Namespace) -> None:
+    least = {"prompt": 1, "answer": 1, "block_size": 1, "tensor_parallel_size": 1}
+    for name, low in least.items():
+        values = getattr(options, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value < low:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} is {value}; allowed are whole numbers from {low} up")
+    if not 0 < options.gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"--gpu-memory-utilization is {options.gpu_memory_utilization}; allowed are numbers "
+            "above 0, up to 1"
+        )
+
+
+def _table(policy: Policy, cache: int, options: argparse.Namespace) -> Table:
+    table = Table(title=f"requests that fit, {options.answer} tokens answered each")
+    table.add_column("prompt", justify="right")
+    table.add_column("MiB each, full", justify="right")
+    table.add_column("MiB each, kept", justify="right")
+    table.add_column("full cache", justify="right")
+    table.add_column("compressed", justify="right")
+    table.add_column("while one prefills", justify="right")
+    block = policy.geometry.page_bytes * policy.layout.pages_per_block
+    for prompt in options.prompt:
+        fits = capacity(policy, cache, Load(prompt, options.answer))
+        table.add_row(
+            f"{prompt:,}",
+            f"{fits.full_blocks * block / 2**20:,.1f}",
+            f"{fits.kept_blocks * block / 2**20:,.1f}",
+            f"{fits.full:,}",
+            f"{fits.compressed:,}",
+            f"{fits.steady:,}",
+        )
+    return table

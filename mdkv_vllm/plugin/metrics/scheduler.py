@@ -1,0 +1,77 @@
+"""What the scheduler's manager knows: which prompts are compressed, which bytes are held."""
+
+from __future__ import annotations
+
+from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
+from mdkv_vllm.plugin.metrics.table import (
+    BLOCKS_RETURNED,
+    FULL_BYTES,
+    KEPT_BYTES,
+    PROMPT_BUDGET,
+    PROMPTS_COMPRESSED,
+    PROMPTS_SKIPPED,
+)
+from mdkv_vllm.policy import Policy, SkipReason
+
+
+class SchedulerMetrics:
+    """Keeps the scheduler's numbers as requests come and go.
+
+    Args:
+        policy: the settings applied to the model.
+        recorder: where to; None for this process's.
+    """
+
+    def __init__(self, policy: Policy, recorder: Recorder | None = None) -> None:
+        self._recorder = recorder or current_recorder()
+        page = policy.geometry.page_bytes
+        self._block_bytes = page * policy.num_layers * policy.num_kv_heads * self._recorder.ranks
+        self._held: dict[str, int] = {}
+        self._returned: dict[str, int] = {}
+        self._full_blocks = self._returned_blocks = 0
+        for metric in (PROMPTS_COMPRESSED, PROMPT_BUDGET, BLOCKS_RETURNED, FULL_BYTES, KEPT_BYTES):
+            self._recorder.declare(metric)
+        for reason in SkipReason:
+            self._recorder.declare(PROMPTS_SKIPPED, reason=reason.value)
+
+    def decided(self, budget: float, skipped: SkipReason | None) -> None:
+        """A new prompt is to be compressed, or not.
+
+        Args:
+            budget: share of its bytes to keep.
+            skipped: why it is left alone; None where it is not.
+        """
+        self._recorder.observe(PROMPT_BUDGET, 1.0 if skipped else budget)
+        if skipped:
+            self._recorder.add(PROMPTS_SKIPPED, reason=skipped.value)
+
+    def holds(self, request_id: str, blocks: int) -> None:
+        """A request's block table has that many entries, those given back included."""
+        before = self._held.get(request_id, 0)
+        if blocks != before:
+            self._held[request_id] = blocks
+            self._full_blocks += blocks - before
+            self._set_bytes()
+
+    def returned(self, request_id: str, blocks: int) -> None:
+        """A compressed prompt gives blocks back; only the first call for a request counts."""
+        if request_id in self._returned:
+            return
+        self._returned[request_id] = blocks
+        self._returned_blocks += blocks
+        self._recorder.add(PROMPTS_COMPRESSED)
+        self._recorder.add(BLOCKS_RETURNED, blocks)
+        self._set_bytes()
+
+    def released(self, request_id: str) -> None:
+        """A request holds nothing any more."""
+        held, returned = self._held.pop(request_id, 0), self._returned.pop(request_id, 0)
+        self._full_blocks -= held
+        self._returned_blocks -= returned
+        if held:
+            self._set_bytes()
+
+    def _set_bytes(self) -> None:
+        kept = self._full_blocks - self._returned_blocks
+        self._recorder.set(FULL_BYTES, self._full_blocks * self._block_bytes)
+        self._recorder.set(KEPT_BYTES, kept * self._block_bytes)

@@ -15,7 +15,7 @@ ORDERS = {
     "copies when waited for": (0, 1),
     "threads backwards": (1, 1),
 }
-"""How the threads of a block, its blocks and its copies are ordered; results may not depend on it."""
+"""How threads of a block, blocks and copies are ordered; results may not depend on it."""
 
 
 def _use_library(path: Path) -> None:

@@ -12,6 +12,7 @@ from mdkv_vllm.core.loss import Candidate
 
 from .allocate import allocate
 from .pack import pack
+from .project import project
 from .quantise import round_trip
 from .window_scores import loss_sums
 
@@ -28,7 +29,7 @@ class TritonKernels:
 
     def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        return torch.bmm(vectors.float(), encoder)
+        return project(vectors, encoder)
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int

@@ -3,7 +3,7 @@
 Layers are taken in groups of the kernels' ``layers_at_once``: the losses of a whole group first,
 then one allocation for all of them, then packing. On CPU a group is one layer. On a GPU it is
 many, for an allocation is a long row of launches whatever its size; a layer is then loaded and
-rotated a second time for packing, which is cheaper than keeping it.
+rotated a second time for packing, so that one at a time is in memory.
 
 Extra memory at its peak, whatever the batch:
 

@@ -134,6 +134,17 @@ def test_round_trip(kernels, rank, bits):
     torch.testing.assert_close(error, expected_error, rtol=2e-2, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize(("size", "rank"), [(64, 64), (80, 12), (96, 96), (128, 128), (256, 20)])
+def test_rotate(kernels, size, rank, dtype):
+    # As a cache hands them over: strided over tokens and heads; a matrix that heads share.
+    vectors = torch.randn(150, 2, size + 4).to(dtype)[..., :size].transpose(0, 1)
+    square = torch.randn(size, size).t()[:, :rank]
+    found = kernels.rotate(vectors, square.expand(2, -1, -1))
+    assert found.dtype == torch.float32
+    assert relative_error(found, vectors.double() @ square.double()) < 1e-6
+
+
 def vectors_of(formats, heads, span, dtype=torch.float32):
     widest = max(f.rank for f in formats.formats)
     keys, values = torch.randn(2, heads, span, widest).to(dtype)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from compiler import SHARED_LIMIT, compile_signature
 
-from mdkv_vllm.triton_kernels import allocate_kernels, window_kernels, window_scores
+from mdkv_vllm.triton_kernels import allocate_kernels, project, window_kernels, window_scores
 from mdkv_vllm.triton_kernels.elements import element_type
 from mdkv_vllm.triton_kernels.pack import PackShape, pack_list_page
 from mdkv_vllm.triton_kernels.quantise import gaussian_step, read_back, tile_vectors
@@ -151,3 +151,17 @@ def test_allocation(options, capability):
             pointers = ALLOCATION | {"prices": "fp64"}
         warps = 4 if kernel is allocate_kernels.list_gains else allocate_kernels.NUM_WARPS
         check(kernel, pointers, used | more, capability, warps)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("size", "rank", "dtype"),
+    [(64, 64, BF16), (80, 80, FP32), (96, 12, FP16), (128, 128, BF16), (256, 256, FP32)],
+)
+def test_project(size, rank, dtype, capability):
+    columns = padded(rank)
+    constants = {"DIMS": size, "RANK": rank, "CHUNK": project.CHUNK}
+    constants |= {"COLUMNS": columns, "ROWS": project.tile_rows(columns)}
+    pointers = {"vectors": POINTERS[dtype], "encoder": "fp32", "projected": "fp32"}
+    compiled = check(project.project_rows, pointers, constants, capability, project.NUM_WARPS)
+    assert MATRIX_INSTRUCTION[capability] in compiled.ptx

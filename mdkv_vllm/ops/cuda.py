@@ -33,9 +33,7 @@ class CudaKernelError(RuntimeError):
 
 
 class _Format(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int32) for name in ("rank", "bits", "rotation", "tokens_per_page")
-    ]
+    _fields_ = [(name, ctypes.c_int32) for name in ("rank", "bits", "rotation", "tokens_per_page")]
 
 
 class _Shape(ctypes.Structure):
@@ -145,9 +143,7 @@ def _formats(formats: FormatSet) -> tuple[int, ctypes.Array[_Format]]:
         raise CudaKernelError(
             f"formats: {len(formats.formats)} page formats; the CUDA kernel takes {MAX_FORMATS}"
         )
-    rows = [
-        _Format(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats
-    ]
+    rows = [_Format(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats]
     return len(rows), (_Format * MAX_FORMATS)(*rows)
 
 

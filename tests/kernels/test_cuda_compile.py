@@ -71,9 +71,7 @@ def built(tmp_path_factory):
         ):
             static = re.search(r"(\d+) bytes smem", more)
             numbers = int(stack), int(stored) + int(loaded), int(registers)
-            kernels.append(
-                Kernel(name, architecture, *numbers, int(static[1]) if static else 0)
-            )
+            kernels.append(Kernel(name, architecture, *numbers, int(static[1]) if static else 0))
     return Built(library, folder, tuple(kernels))
 
 

@@ -34,9 +34,7 @@ def configure(arena: torch.Tensor | None, order: str) -> None:
     from mdkv_vllm.ops.cuda import library
 
     begin, size = (0, 0) if arena is None else (arena.data_ptr(), arena.nbytes)
-    library().mdkv_host_configure(
-        *ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size)
-    )
+    library().mdkv_host_configure(*ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size))
 
 
 def decode(

@@ -21,7 +21,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/*
 ENV PIP_NO_CACHE_DIR=1
-WORKDIR /source
+WORKDIR /opt/source
 COPY scripts/install-image.sh scripts/packages.sh scripts/
 COPY requirements requirements
 
@@ -33,19 +33,28 @@ RUN scripts/install-image.sh dependencies cpu /opt/mdkv
 FROM build AS cuda-dependencies
 RUN scripts/install-image.sh dependencies cuda /opt/mdkv
 
+FROM ${CUDA_IMAGE} AS cuda-kernels
+WORKDIR /opt/source
+COPY scripts scripts
+COPY csrc csrc
+RUN mkdir /opt/kernels \
+    && if [ -x scripts/build-cuda.sh ]; then \
+        OUT=/opt/kernels/libmdkv_cuda.so scripts/build-cuda.sh; \
+    fi
+
 FROM cpu-dependencies AS cpu-package
 COPY pyproject.toml setup.py README.md ./
 COPY csrc csrc
 COPY triton_kernels triton_kernels
 COPY mdkv_vllm mdkv_vllm
-RUN scripts/install-image.sh package /opt/mdkv /package
+RUN scripts/install-image.sh package /opt/mdkv /opt/package
 
 FROM cuda-dependencies AS cuda-package
 COPY pyproject.toml setup.py README.md ./
 COPY csrc csrc
 COPY triton_kernels triton_kernels
 COPY mdkv_vllm mdkv_vllm
-RUN scripts/install-image.sh package /opt/mdkv /package
+RUN scripts/install-image.sh package /opt/mdkv /opt/package
 
 # What both images are but for their packages.
 FROM ${PYTHON_IMAGE} AS runtime
@@ -77,7 +86,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=cpu-dependencies /opt/mdkv /opt/mdkv
-COPY --from=cpu-package /package /opt/mdkv
+COPY --from=cpu-package /opt/package /opt/mdkv
 USER 10001:10001
 
 FROM runtime AS cuda
@@ -90,5 +99,6 @@ RUN apt-get update \
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=cuda-dependencies /opt/mdkv /opt/mdkv
-COPY --from=cuda-package /package /opt/mdkv
+COPY --from=cuda-package /opt/package /opt/mdkv
+COPY --from=cuda-kernels /opt/kernels /opt/mdkv/lib/python3.11/site-packages/mdkv_vllm
 USER 10001:10001

@@ -15,9 +15,11 @@ from typing import Any
 from mdkv_vllm.config import (
     BLOCK_NAME,
     EVEN_HEADS,
+    KERNELS,
     MAX_HEAD_POWER,
     MAX_HEAD_SIZE,
     MAX_WINDOW,
+    PREFILLS,
     PRESETS,
 )
 from mdkv_vllm.core.formats import CODE_ZERO
@@ -48,6 +50,8 @@ def settings_schema() -> dict[str, Any]:
             "head_power": _above_0(MAX_HEAD_POWER),
             "loss": {"enum": list(LOSSES)},
             "min_prompt_tokens": {"type": "integer", "minimum": 1},
+            "kernels": {"enum": list(KERNELS)},
+            "prefill": {"enum": list(PREFILLS)},
         },
         "allOf": [
             {"not": _given("budget", "budget_tokens")},

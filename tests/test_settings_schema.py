@@ -18,7 +18,8 @@ NUMBERS = [-1, 0, 1, 2, 4, 5, 1023, 1024, 1025, 10**9, -0.5, 1e-9, 0.25, 0.999, 
 OTHERS = [None, True, False, "", "1", [], {}]
 FORMATS = ["drop", "full", "i2", "i3", "i4", "i8", "r0", "r4", "r04", "r6", "r16", "r100", "r1020",
            "r1022", "r1024", "r1028", "r32i8", "r32i3", "i8r32", "paper", "", " full"]  # fmt: skip
-STRINGS = ["default", "paper", "none", "hybrid", "pooled", "solo", "mean", "prompt", "even", "/a.st"]
+STRINGS = ["default", "paper", "none", "hybrid", "pooled", "solo", "mean", "prompt", "even", "/a",
+           "auto", "cpu", "triton", "cuda", "flash", "xformers", "sdpa"]  # fmt: skip
 VALUES = st.sampled_from([*NUMBERS, *OTHERS])
 LISTS = st.lists(st.sampled_from(FORMATS), max_size=4) | st.lists(
     st.sampled_from(["drop", "full", "i4", "r16", "r32i8"]), max_size=4, unique=True

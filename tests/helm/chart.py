@@ -52,9 +52,7 @@ def manifests(values):
 
 def only(documents, kind, name=None):
     """The one manifest of a kind (and name)."""
-    found = [
-        d for d in documents if d["kind"] == kind and name in (None, d["metadata"]["name"])
-    ]
+    found = [d for d in documents if d["kind"] == kind and name in (None, d["metadata"]["name"])]
     assert len(found) == 1, f"{len(found)} of {kind} {name or ''}"
     return found[0]
 

@@ -10,6 +10,7 @@ STRING = {"type": "string", "minLength": 1}
 STRINGS = {"type": "object", "additionalProperties": STRING}
 DURATION = {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"}
 COUNT = {"type": "integer", "minimum": 1}
+WINDOW = {"type": "integer", "minimum": 0, "maximum": 3600}
 
 
 def closed(required=(), **properties):
@@ -87,9 +88,7 @@ SPECIFICATIONS = {
         pollingInterval=COUNT,
         advanced=closed(
             horizontalPodAutoscalerConfig=closed(
-                behavior=closed(
-                    scaleDown=closed(stabilizationWindowSeconds={"type": "integer", "maximum": 3600})
-                )
+                behavior=closed(scaleDown=closed(stabilizationWindowSeconds=WINDOW))
             )
         ),
         triggers=array(TRIGGER),

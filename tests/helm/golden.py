@@ -23,7 +23,9 @@ def golden(install):
     for path, text in sorted(files(example(install)).items()):
         if path.endswith(".yaml"):
             text = re.sub(r"(?m)^(  api-key: )\S{20,}$", r"\1<random>", text)
-            text = re.sub(r"(?m)^(  \S+\.(?:json|py): \|-\n)(?:    .*\n|\s*\n)+", r"\1    ...\n", text)
+            text = re.sub(
+                r"(?m)^(  \S+\.(?:json|py): \|-\n)(?:    .*\n|\s*\n)+", r"\1    ...\n", text
+            )
             text = re.sub(r"(?ms)^(spec:\n  )# Prometheus rules.*", r"\1...", text)
             parts.append(f"# {path}\n{text.strip()}\n")
     return "---\n".join(parts)

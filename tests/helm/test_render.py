@@ -10,7 +10,15 @@ import kubernetes_validate
 import pytest
 import yaml
 from chart import (
-    CHART, FULL_NAME, NAME, NAMESPACE, containers, files, manifests, only, pod_templates,
+    CHART,
+    FULL_NAME,
+    NAME,
+    NAMESPACE,
+    containers,
+    files,
+    manifests,
+    only,
+    pod_templates,
 )  # fmt: skip
 from modes import MODES
 

@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test lint bench bench-gpu eval lm-eval clean
+.PHONY: setup serve demo test lint chart sbom audit bench bench-gpu eval lm-eval clean
 export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
@@ -25,6 +25,21 @@ lint:
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/hadolint --failure-threshold style Dockerfile
+
+# What the Helm chart has from the code, and the manifests that its examples make.
+chart:
+	$(BIN)/python -m mdkv_vllm.settings_schema deploy/helm/mdkv-vllm/values.schema.json
+	$(BIN)/python tests/helm/golden.py
+
+# CycloneDX list of what the environment holds, by default this checkout's, and known
+# vulnerabilities of what the images install, which asks PyPI and OSV over the network.
+sbom: PYTHON := .venv/bin/python
+sbom:
+	scripts/supply-chain.sh sbom $(PYTHON) results/sbom.json
+
+audit:
+	scripts/supply-chain.sh audit requirements/cpu.txt requirements/cuda.txt requirements/default-model.txt
 
 bench: MODEL := models/SmolLM2-135M-Instruct
 bench:

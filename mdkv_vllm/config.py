@@ -30,6 +30,10 @@ BLOCK_NAME = "mixeddim"
 PRESETS = ("default", "paper")
 KERNELS = ("auto", "cpu", "triton", "cuda")
 PREFILLS = ("auto", "flash", "xformers", "sdpa")
+MAX_WINDOW = 1024
+MAX_HEAD_POWER = 4
+MAX_HEAD_SIZE = 1024
+"""Ranks in ``formats`` are below it; the model's own head size is checked when it is known."""
 REQUEST_BUDGET = "mixeddim_budget"
 REQUEST_BUDGET_TOKENS = "mixeddim_budget_tokens"
 REQUEST_FIELDS = (REQUEST_BUDGET, REQUEST_BUDGET_TOKENS)
@@ -115,7 +119,7 @@ class MixedDimConfig:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
         _check_budget("mixeddim.budget", self.budget)
         _check_budget_tokens("mixeddim.budget_tokens", self.budget_tokens)
-        _check_int("mixeddim.window", self.window, 1, 1024)
+        _check_int("mixeddim.window", self.window, 1, MAX_WINDOW)
         _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
         _check_choice("mixeddim.loss", self.loss, LOSSES)
         _check_choice("mixeddim.kernels", self.kernels, KERNELS)
@@ -149,7 +153,7 @@ class MixedDimConfig:
         if self.head_share is not None:
             _check_above_0("mixeddim.head_share", self.head_share, 1)
         if self.head_power is not None:
-            _check_above_0("mixeddim.head_power", self.head_power, 4)
+            _check_above_0("mixeddim.head_power", self.head_power, MAX_HEAD_POWER)
 
     def _check_formats(self) -> None:
         if isinstance(self.formats, str):
@@ -164,8 +168,7 @@ class MixedDimConfig:
             )
         object.__setattr__(self, "formats", tuple(self.formats))
         try:
-            # What depends on the model's head size is checked when the model is known.
-            parse_formats(tuple(self.formats), PageGeometry(16, 1024, torch.bfloat16))
+            parse_formats(tuple(self.formats), PageGeometry(16, MAX_HEAD_SIZE, torch.bfloat16))
         except FormatError as error:
             raise ConfigError(f"mixeddim.{error}") from error
 

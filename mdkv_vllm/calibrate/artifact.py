@@ -1,46 +1,36 @@
-"""Calibrated basis and head scores as files: safetensors with metadata that names their model."""
+"""Calibrated bases and head scores: whose they are, and whether they fit the model served."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from mdkv_vllm.calibrate.artifact_file import (
+    ArtifactError,
+    ArtifactInfo,
+    open_artifact,
+    save_tensors,
+)
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.heads import HeadBudgets
 
-FORMAT_VERSION = "1"
+__all__ = [
+    "ArtifactError",
+    "ArtifactInfo",
+    "load_basis",
+    "load_head_budgets",
+    "load_head_scores",
+    "model_identity",
+    "save_basis",
+    "save_head_scores",
+]
+
 _SAMPLE_BYTES = 1 << 16
-_SINGLE_WEIGHTS = "model.safetensors"
-
-
-class ArtifactError(ValueError):
-    """A file that cannot be used; the message says why."""
-
-
-@dataclass(frozen=True)
-class ArtifactInfo:
-    """Where a basis or head scores come from.
-
-    Attributes:
-        model: name or folder as given to the command that made the file.
-        model_identity: from :func:`model_identity`.
-        method: how the contents were computed.
-        text_digest: SHA-256 of the calibration text.
-        tokens: tokens they were computed from.
-    """
-
-    model: str
-    model_identity: str
-    method: str
-    text_digest: str
-    tokens: int
+_MAX_GROUP = 1024
+"""Query heads of one KV head, far beyond any model."""
 
 
 def model_identity(model: str) -> str:
@@ -71,8 +61,8 @@ def model_identity(model: str) -> str:
 
 
 def save_basis(path: Path, basis: Basis, info: ArtifactInfo) -> None:
-    """Write a basis and its origin; see :func:`_save`."""
-    _save(path, {"keys": basis.keys, "values": basis.values}, info)
+    """Write a basis and its origin; see ``save_tensors``."""
+    save_tensors(path, {"keys": basis.keys, "values": basis.values}, info)
 
 
 def load_basis(path: Path, model: str, sizes: tuple[int, int, int]) -> Basis:
@@ -87,30 +77,21 @@ def load_basis(path: Path, model: str, sizes: tuple[int, int, int]) -> Basis:
         ArtifactError: the file is missing, damaged, of another version, of another model, or
             of other sizes.
     """
-    info, basis = read_basis(path)
-    _check_model(path, info, model, "calibrate")
+    file = open_artifact(path, {"keys": 4, "values": 4}, "a basis")
+    _check_model(path, file.info, model, "calibrate")
     expected = (*sizes, sizes[2])
-    for name, tensor in (("keys", basis.keys), ("values", basis.values)):
-        if tensor.shape[:3] != expected[:3] or tensor.shape[3] > sizes[2]:
+    for name, shape in file.shapes.items():
+        if shape[:3] != sizes or shape[3] > sizes[2] or shape != file.shapes["keys"]:
             raise ArtifactError(
-                f"{path}: {name} has shape {list(tensor.shape)}; {model} needs {list(expected)}"
+                f"{path}: {name} has shape {list(shape)}; {model} needs {list(expected)}"
             )
-    return basis
-
-
-def read_basis(path: Path) -> tuple[ArtifactInfo, Basis]:
-    """Read a basis file without checking whose it is.
-
-    Raises:
-        ArtifactError: the file is missing, damaged or of another version.
-    """
-    info, tensors = _read(path, {"keys": 4, "values": 4}, "a basis")
-    return info, Basis(tensors["keys"], tensors["values"])
+    tensors = file.tensors()
+    return Basis(tensors["keys"], tensors["values"])
 
 
 def save_head_scores(path: Path, scores: torch.Tensor, info: ArtifactInfo) -> None:
-    """Write scores ``[layers, query_heads]`` and their origin; see :func:`_save`."""
-    _save(path, {"scores": scores}, info)
+    """Write scores ``[layers, query_heads]`` and their origin; see ``save_tensors``."""
+    save_tensors(path, {"scores": scores}, info)
 
 
 def load_head_scores(path: Path, model: str, sizes: tuple[int, int]) -> torch.Tensor:
@@ -128,14 +109,15 @@ def load_head_scores(path: Path, model: str, sizes: tuple[int, int]) -> torch.Te
         ArtifactError: the file is missing, damaged, of another version, of another model, or
             of other sizes.
     """
-    info, tensors = _read(path, {"scores": 2}, "head scores")
-    _check_model(path, info, model, "head-scores")
-    scores = tensors["scores"]
-    if scores.shape[0] != sizes[0] or scores.shape[1] % sizes[1]:
+    file = open_artifact(path, {"scores": 2}, "head scores")
+    _check_model(path, file.info, model, "head-scores")
+    layers, query_heads = file.shapes["scores"]
+    if layers != sizes[0] or query_heads % sizes[1] or query_heads > _MAX_GROUP * sizes[1]:
         raise ArtifactError(
-            f"{path}: scores have shape {list(scores.shape)}; {model} has {sizes[0]} layers of "
+            f"{path}: scores have shape {[layers, query_heads]}; {model} has {sizes[0]} layers of "
             f"{sizes[1]} KV heads"
         )
+    scores = file.tensors()["scores"]
     if not (scores >= 0).all() or not scores.any():
         raise ArtifactError(f"{path}: scores are negative or all 0; at least one must be above 0")
     return (scores / scores.max()).unflatten(1, (sizes[1], -1)).sum(-1)
@@ -159,55 +141,6 @@ def load_head_budgets(
     if path is None:
         return None
     return config.head_budgets(load_head_scores(path, model, sizes))
-
-
-def _save(path: Path, tensors: dict[str, torch.Tensor], info: ArtifactInfo) -> None:
-    """Write tensors and their origin; the file appears only when it is whole.
-
-    A model folder with a single weights file also gets an index of it: without one, vLLM
-    loads every safetensors file of the folder as weights, this one among them.
-    """
-    weights = path.parent / _SINGLE_WEIGHTS
-    index = path.parent / f"{_SINGLE_WEIGHTS}.index.json"
-    if weights.is_file() and not index.exists():
-        with safe_open(str(weights), framework="pt") as file:
-            names = {name: _SINGLE_WEIGHTS for name in file.keys()}  # noqa: SIM118
-        content = {"metadata": {"total_size": weights.stat().st_size}, "weight_map": names}
-        index.write_text(json.dumps(content, indent=1))
-    metadata = {"format": FORMAT_VERSION, "info": json.dumps(asdict(info), sort_keys=True)}
-    temporary = path.with_suffix(".tmp")
-    save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata)
-    # safetensors lets nobody else read it, but a server may run as another user.
-    temporary.chmod(weights.stat().st_mode & 0o666 if weights.is_file() else 0o644)
-    temporary.replace(path)
-
-
-def _read(
-    path: Path, dimensions: dict[str, int], content: str
-) -> tuple[ArtifactInfo, dict[str, torch.Tensor]]:
-    """Read float32 tensors of known names and numbers of dimensions."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT_VERSION:
-                raise ArtifactError(
-                    f"{path} has format {metadata.get('format')!r}; this version reads "
-                    f"{FORMAT_VERSION!r}"
-                )
-            info = ArtifactInfo(**json.loads(metadata["info"]))
-            tensors = {name: file.get_tensor(name).float() for name in dimensions}
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist") from error
-    except PermissionError as error:
-        raise ArtifactError(f"{path} may not be read by this user") from error
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, OSError) as error:
-        raise ArtifactError(f"{path} does not hold {content} or is damaged: {error}") from error
-    for name, tensor in tensors.items():
-        if tensor.dim() != dimensions[name] or not torch.isfinite(tensor).all():
-            raise ArtifactError(
-                f"{path}: {name} is not a finite {dimensions[name]}-dimensional tensor"
-            )
-    return info, tensors
 
 
 def _check_model(path: Path, info: ArtifactInfo, model: str, command: str) -> None:

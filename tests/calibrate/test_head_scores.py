@@ -50,7 +50,7 @@ def test_scores_are_summed_over_each_group(tmp_path):
         (torch.ones(3, 4), "some/model", r"shape \[3, 4\]; some/model has 2 layers of 2 KV heads"),
         (torch.ones(2, 3), "some/model", "2 layers of 2 KV heads"),
         (torch.zeros(2, 4), "some/model", "negative or all 0"),
-        (torch.full((2, 4), torch.nan), "some/model", "not a finite"),
+        (torch.full((2, 4), torch.nan), "some/model", "scores is not finite"),
     ],
 )
 def test_scores_that_do_not_fit_are_refused(tmp_path, scores, model, message):

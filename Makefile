@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test lint chart sbom audit bench bench-gpu eval lm-eval clean
+.PHONY: setup serve demo test lint chart sbom audit cuda bench bench-gpu eval lm-eval clean
 export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
@@ -24,7 +24,7 @@ lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(BIN)/hadolint --failure-threshold style Dockerfile
 
 # What the Helm chart has from the code, and the manifests that its examples make.
@@ -50,6 +50,10 @@ bench:
 	$(BIN)/python benchmarks/prefill.py --model $(MODEL) --out results/prefill.json
 	$(BIN)/python benchmarks/serving.py --model $(MODEL) --out results/serving.json
 
+# The CUDA kernels, on a machine with nvcc; ARCH="80 90a" builds for these GPUs alone.
+cuda:
+	scripts/build-cuda.sh $(ARCH)
+
 # On a machine with a GPU, torch and triton; nothing is installed. QUICK=1 takes a part of it.
 bench-gpu:
 	python3 benchmarks/gpu/run.py --json results/gpu.json $(if $(QUICK),--quick)
@@ -74,5 +78,5 @@ lm-eval:
 	    $(if $(BUDGET),--budget $(BUDGET)) $(ARGS)
 
 clean:
-	rm -rf .venv build models/SmolLM2-135M-Instruct *.egg-info mdkv_vllm/_cpu*.so
+	rm -rf .venv build models/SmolLM2-135M-Instruct *.egg-info mdkv_vllm/_cpu*.so mdkv_vllm/libmdkv_cuda.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

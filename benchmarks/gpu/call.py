@@ -3,25 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from mdkv_vllm.triton_kernels.mixed_decode import DecodeTables, DecodeWorkspace, mixed_decode
+from mdkv_vllm.ops import cuda
+from mdkv_vllm.triton_kernels import mixed_decode as triton
 
 from .inputs import Inputs
 
 Decode = Callable[..., None]
 """Takes what :func:`mdkv_vllm.triton_kernels.mixed_decode.mixed_decode` takes."""
 
-PROGRAMS_PER_MULTIPROCESSOR = 8
+
+@dataclass(frozen=True)
+class Kernel:
+    """An implementation of the decode kernel.
+
+    Attributes:
+        name: in reports.
+        decode: the kernel.
+        tables: makes its tables of a layout, a group, a basis and a device.
+        workspace: allocates its memory for a shape, a number of queries and a device.
+    """
+
+    name: str
+    decode: Decode
+    tables: Callable[..., Any]
+    workspace: Callable[..., Any]
 
 
-def programs(device: torch.device) -> int:
-    """Programs that keep a device busy, as a server would ask for."""
-    if device.type != "cuda":
-        return 24
-    properties = torch.cuda.get_device_properties(device)
-    return PROGRAMS_PER_MULTIPROCESSOR * properties.multi_processor_count
+def _triton_workspace(shape: Any, queries: int, device: torch.device) -> triton.DecodeWorkspace:
+    return triton.DecodeWorkspace.allocate(shape, queries, device, triton.programs_of(device))
+
+
+TRITON = Kernel("Triton", triton.mixed_decode, triton.DecodeTables.build, _triton_workspace)
+CUDA = Kernel(
+    "CUDA", cuda.mixed_decode, cuda.DecodeTables.build, cuda.DecodeWorkspace.allocate
+)
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Those that can run here."""
+    return (TRITON, CUDA) if cuda.available() else (TRITON,)
+
+
+def poison(workspace: object) -> None:
+    """Set every bit of a workspace's tensors: NaN, as floating-point numbers."""
+    for tensor in vars(workspace).values():
+        if isinstance(tensor, torch.Tensor):
+            tensor.view(torch.uint8).fill_(0xFF)
 
 
 class Call:
@@ -30,28 +62,25 @@ class Call:
     Args:
         inputs: the requests.
         device: where they are.
-        decode: the kernel.
+        kernel: what attends.
     """
 
-    def __init__(self, inputs: Inputs, device: torch.device, decode: Decode = mixed_decode) -> None:
-        self.inputs, self.decode = inputs, decode
-        self.tables = DecodeTables.build(inputs.layout, inputs.group, inputs.basis, device)
-        self.workspace = DecodeWorkspace.allocate(
-            self.tables.shape, len(inputs.lengths), device, programs(device)
-        )
+    def __init__(self, inputs: Inputs, device: torch.device, kernel: Kernel = TRITON) -> None:
+        self.inputs, self.kernel = inputs, kernel
+        self.tables = kernel.tables(inputs.layout, inputs.group, inputs.basis, device)
+        self.workspace = kernel.workspace(self.tables.shape, len(inputs.lengths), device)
         self.output = torch.empty_like(inputs.queries[0])
         self.scale = inputs.layout.geometry.head_size**-0.5
 
     def poison(self) -> None:
         """Fill what the next step has to write with NaN."""
-        workspace = self.workspace
-        for floats in (self.output, workspace.rotated, workspace.part_out, workspace.part_lse):
-            floats.fill_(torch.nan)
+        poison(self.workspace)
+        self.output.fill_(torch.nan)
 
     def step(self, index: int) -> None:
         """Attend with one set of requests."""
         inputs = self.inputs
-        self.decode(
+        self.kernel.decode(
             inputs.queries[index],
             inputs.arena,
             0,

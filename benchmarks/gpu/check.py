@@ -12,7 +12,7 @@ import leases
 import torch
 from leases import Model, Request
 
-from .call import Call, Decode, mixed_decode
+from .call import CUDA, TRITON, Call, Kernel, kernels
 from .inputs import build
 from .loads import FULL, MODELS, Holding, Load
 from .reference import mixed_decode as float64_decode
@@ -98,14 +98,14 @@ def check_variant(
     mix: Sequence[Request],
     device: str,
     seed: int,
-    decode: Decode = mixed_decode,
+    kernel: Kernel = TRITON,
 ) -> Outcome:
     """Check one variant: called directly and, on a GPU, synchronisation-free and in a graph."""
     case = leases.Case(model, list(mix), seed)
     rows = [*range(len(mix)), 1, 1, NO_ROW]
     # Several queries of a row, of different lengths, and padding.
     lengths = [*case.totals, case.totals[1] - 33, 1, 0]
-    trial = Trial(case, len(rows), torch.device(device), decode)
+    trial = Trial(case, len(rows), torch.device(device), kernel)
     trial.load(rows, lengths)
     trial.launch()
     found = [("called", trial.errors())]
@@ -114,7 +114,7 @@ def check_variant(
     failures = [f"{how}: {wrong}" for how, errors in found for wrong in errors.wrong]
     worst_errors = [(errors.output, errors.lse) for _, errors in found]
     output, lse = (max(side) for side in zip(*worst_errors, strict=True))
-    return Outcome(name_of(model), output, lse, tuple(failures))
+    return Outcome(f"{kernel.name} {name_of(model)}", output, lse, tuple(failures))
 
 
 def _captured(
@@ -163,7 +163,7 @@ LONG_SETS_BYTES = 5 << 30
 
 
 def check_long(
-    load: Load, holding: Holding, device: str, seed: int, decode: Decode = mixed_decode
+    load: Load, holding: Holding, device: str, seed: int, kernel: Kernel = TRITON
 ) -> Outcome:
     """Check the inputs that are timed, in a cache larger than the requests, at its end."""
     where = torch.device(device)
@@ -172,7 +172,7 @@ def check_long(
     if where.type == "cuda":
         sets += int(LONG_SETS_BYTES // (load.full_bytes * holding.budget))
     inputs = build(load, holding, sets, where, generator)
-    call = Call(inputs, where, decode)
+    call = Call(inputs, where, kernel)
     call.poison()
     last = inputs.sets - 1
     call.step(last)
@@ -192,7 +192,7 @@ def check_long(
     error = worst(distance / expected.norm(dim=-1))
     limit = TOLERANCE[load.heads.dtype]
     wrong = () if error <= limit else (f"relative error {error:.1e}, over {limit:.0e}",)
-    return Outcome(f"{load.name}, {holding.name}", error, 0.0, wrong)
+    return Outcome(f"{kernel.name} {load.name}, {holding.name}", error, 0.0, wrong)
 
 
 def check_all(quick: bool, seed: int, workers: int) -> Iterator[Outcome]:
@@ -206,14 +206,17 @@ def check_all(quick: bool, seed: int, workers: int) -> Iterator[Outcome]:
         workers, context, torch.set_num_threads, (1,), max_tasks_per_child=1
     ) as pool:
         jobs: dict[str, Future[Outcome]] = {}
-        for number, model in enumerate(variants(quick)):
-            jobs[name_of(model)] = pool.submit(
-                check_variant, model, requests(model), "cuda", seed + number
-            )
-        for number, (load, holding) in enumerate(LONG[1:3] if quick else LONG):
-            jobs[f"{load.name}, {holding.name}"] = pool.submit(
-                check_long, load, holding, "cuda", seed + number
-            )
+        for kernel in kernels():
+            for number, model in enumerate(variants(quick)):
+                if kernel is CUDA and model.dtype == torch.float32:
+                    continue  # refused, see csrc/cuda/tables.cuh
+                jobs[f"{kernel.name} {name_of(model)}"] = pool.submit(
+                    check_variant, model, requests(model), "cuda", seed + number, kernel
+                )
+            for number, (load, holding) in enumerate(LONG[1:3] if quick else LONG):
+                jobs[f"{kernel.name} {load.name}, {holding.name}"] = pool.submit(
+                    check_long, load, holding, "cuda", seed + number, kernel
+                )
         for name, job in jobs.items():
             try:
                 yield job.result()

@@ -10,10 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from .call import Call
+from .call import Call, kernels
 from .inputs import build
 from .loads import Holding, Load
-from .report import OURS, Row
+from .report import Row
 from .rivals import MAX_ERROR, RIVALS, FullCache, Step
 from .timing import DeviceCopy, Timing, compile_calls, free_memory, sets_for, time_calls
 
@@ -63,16 +63,20 @@ def measure_all(
             rate = copy.bytes_per_second()
             yield from _rivals(load, rate, generator)
             for holding in holdings:
-                yield _ours(load, holding, rate, generator)
+                yield from _ours(load, holding, rate, generator)
 
 
-def _ours(load: Load, holding: Holding, rate: float, generator: torch.Generator) -> Row:
+def _ours(
+    load: Load, holding: Holding, rate: float, generator: torch.Generator
+) -> Iterator[Row]:
+    """Both of ours on the same inputs."""
     free_memory()
     sets = sets_for(load.full_bytes * holding.budget)
     inputs = build(load, holding, sets, generator.device, generator)
-    timing = time_calls(Call(inputs, generator.device).step, sets)
     sizes = inputs.kv_bytes, inputs.moved_bytes
-    return _row(load, OURS, holding.name, holding.budget, timing, sizes, rate)
+    for kernel in kernels():
+        timing = time_calls(Call(inputs, generator.device, kernel).step, sets)
+        yield _row(load, kernel.name, holding.name, holding.budget, timing, sizes, rate)
 
 
 def _rivals(load: Load, rate: float, generator: torch.Generator) -> Iterator[Row]:

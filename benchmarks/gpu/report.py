@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,8 @@ COPY_SHARE = 0.80
 LARGE_BYTES = 64_000_000
 FULL_TIMES = 1.05
 QUARTER_TIMES = 0.30
-OURS = "mdkv"
+OURS = ("Triton", "CUDA")
+"""Our kernels; all others are of full caches."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Row:
         model: attention heads, by a model that has them.
         batch: queries.
         tokens: context of each.
-        kernel: :data:`OURS`, or a full cache's.
+        kernel: one of :data:`OURS`, or a full cache's.
         holding: what requests hold, as ``Holding.name``.
         budget: share of the full bytes, 1 for a full cache.
         microseconds: median time of a call; NaN where there is none.
@@ -92,24 +94,52 @@ def best_full(rows: Sequence[Row]) -> dict[tuple[str, int, int], Row]:
     """The fastest full-cache kernel of each load."""
     best: dict[tuple[str, int, int], Row] = {}
     for row in rows:
-        if row.kernel != OURS and not math.isnan(row.microseconds):
+        if row.kernel not in OURS and not math.isnan(row.microseconds):
             other = best.get(row.load)
             if other is None or row.microseconds < other.microseconds:
                 best[row.load] = row
     return best
 
 
-def table(rows: Sequence[Row], kinds: Sequence[str]) -> str:
-    """A line per load: the best full cache, then ours.
+def faster(rows: Sequence[Row]) -> list[Row]:
+    """Of our rows, the faster kernel's of every load and holding."""
+    best: dict[tuple[tuple[str, int, int], str], Row] = {}
+    for row in rows:
+        if row.kernel in OURS and not math.isnan(row.microseconds):
+            other = best.setdefault((row.load, row.holding), row)
+            if row.microseconds < other.microseconds:
+                best[row.load, row.holding] = row
+    return list(best.values())
+
+
+def comparison(rows: Sequence[Row]) -> str:
+    """How our kernels compare, where both were timed."""
+    times: dict[tuple[tuple[str, int, int], str], dict[str, float]] = {}
+    for row in rows:
+        if row.kernel in OURS and not math.isnan(row.microseconds):
+            times.setdefault((row.load, row.holding), {})[row.kernel] = row.microseconds
+    ratios = [both["CUDA"] / both["Triton"] for both in times.values() if len(both) == len(OURS)]
+    if not ratios:
+        return "CUDA against Triton: not both were timed"
+    wins = sum(ratio < 1 for ratio in ratios)
+    return (
+        f"CUDA against Triton: faster in {wins} of {len(ratios)}; time over Triton's "
+        f"{min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}"
+    )
+
+
+def table(rows: Sequence[Row], kinds: Sequence[str], kernel: str) -> str:
+    """A line per load: the best full cache, then one of ours.
 
     Ours are times over the best full cache's, and shares of the copy's rate.
 
     Args:
         rows: everything measured.
         kinds: holdings to show.
+        kernel: which of :data:`OURS`.
     """
     best = best_full(rows)
-    ours = [row.holding for row in rows if row.kernel == OURS]
+    ours = [row.holding for row in rows if row.kernel == kernel]
     holdings = [name for name in dict.fromkeys(ours) if name.split()[0] in kinds]
     head = f"{'model':24} {'batch':>5} {'tokens':>7} {'best full cache':>26}"
     lines = [head + "".join(f" {name:>12}" for name in holdings)]
@@ -117,7 +147,7 @@ def table(rows: Sequence[Row], kinds: Sequence[str]) -> str:
         rival = best.get(load)
         full = f"{rival.kernel} {rival.microseconds:.1f} us" if rival else "none"
         line = f"{load[0][:24]:24} {load[1]:5} {load[2]:7} {full:>26}"
-        mine = {row.holding: row for row in rows if row.load == load and row.kernel == OURS}
+        mine = {row.holding: row for row in rows if row.load == load and row.kernel == kernel}
         lines.append(line + "".join(f" {_cell(mine.get(name), rival):>12}" for name in holdings))
     return "\n".join(lines)
 
@@ -154,9 +184,8 @@ class Aim:
 
 
 def aims(rows: Sequence[Row]) -> list[Aim]:
-    """Hold our rows against what was aimed at."""
-    best = best_full(rows)
-    ours = [row for row in rows if row.kernel == OURS and not math.isnan(row.microseconds)]
+    """Hold our rows, the faster kernel's, against what was aimed at."""
+    best, ours = best_full(rows), faster(rows)
 
     def times(row: Row) -> float:
         return row.microseconds / best[row.load].microseconds

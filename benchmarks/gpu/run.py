@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.randrange(2**31) if options.seed is None else options.seed
     results: dict[str, Any] = {"machine": machine(), "seed": seed, "quick": options.quick}
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()), f"seed {seed}")
-    failures = 0
+    results["cuda_kernels"], failures = _build(options)
+    print(results["cuda_kernels"], flush=True)
     for part in options.only:
         started = time.monotonic()
         if part == "check":
@@ -96,6 +97,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _build(options: argparse.Namespace) -> tuple[str, int]:
+    from gpu.build import build
+
+    return build(options.workers)
+
+
 def _check(results: dict[str, Any], options: argparse.Namespace) -> int:
     from itertools import chain
 
@@ -151,7 +158,7 @@ def _time(results: dict[str, Any], options: argparse.Namespace, deadline: float)
 
     from gpu.loads import all_holdings, all_loads
     from gpu.measure import compile_all, measure_all
-    from gpu.report import Row, aims, table
+    from gpu.report import OURS, Row, aims, comparison, table
 
     rows: list[Row] = []
     skipped: list[str] = []
@@ -172,12 +179,15 @@ def _time(results: dict[str, Any], options: argparse.Namespace, deadline: float)
     results["skipped"] = skipped
     results["aims"] = [vars(aim) for aim in reached]
     print("\n".join(f"skipped {what}" for what in skipped))
-    print("Ours: time over the best full cache's, and share of the copy's rate")
-    for kinds in (("int", "rank"), ("full", "mixed")):
-        print(f"\n{table(rows, kinds)}")
+    for kernel in OURS:
+        if any(row.kernel == kernel for row in rows):
+            print(f"{kernel}: time over the best full cache's, and share of the copy's rate")
+            for kinds in (("int", "rank"), ("full", "mixed")):
+                print(f"\n{table(rows, kinds, kernel)}")
     rates = [row.copy_rate for row in rows]
     if rates:
         print(f"copy: {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GB/s, read plus written")
+    print(comparison(rows))
     print("\n".join(aim.line for aim in reached))
     return failures
 

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import leases
 import torch
 
-from mdkv_vllm.triton_kernels.mixed_decode import DecodeTables, DecodeWorkspace, mixed_decode
-
 from . import reference
-from .call import Decode, programs
+from .call import TRITON, Kernel, poison
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
 """Largest relative error of an output vector by cache type, mostly of weights rounded to it."""
@@ -44,7 +42,7 @@ class Trial:
         case: requests and their cache.
         queries: queries of every call.
         device: where to run.
-        decode: the kernel under test.
+        kernel: what is under test.
     """
 
     def __init__(
@@ -52,11 +50,11 @@ class Trial:
         case: leases.Case,
         queries: int,
         device: torch.device,
-        decode: Decode = mixed_decode,
+        kernel: Kernel = TRITON,
     ) -> None:
         model = case.model
         heads = model.kv_heads * model.group
-        self.case, self.device, self.decode = case, device, decode
+        self.case, self.device, self.kernel = case, device, kernel
         self.arena = case.arena.clone().to(device)
         self.block_table = case.block_table.clone().to(device)
         self.leases = case.leases.clone().to(device)
@@ -68,10 +66,8 @@ class Trial:
         self.rows = torch.empty(queries, heads + 1, *shape[2:], dtype=model.query_dtype).to(device)
         self.output = self.rows[:, 1:]
         self.lse = torch.empty(shape[:2], device=device)
-        self.tables = DecodeTables.build(case.layout, model.group, case.calibrated, device)
-        self.workspace = DecodeWorkspace.allocate(
-            self.tables.shape, queries, device, programs(device)
-        )
+        self.tables = kernel.tables(case.layout, model.group, case.calibrated, device)
+        self.workspace = kernel.workspace(self.tables.shape, queries, device)
         self.scale = model.head_size**-0.5
 
     def load(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
@@ -85,12 +81,11 @@ class Trial:
         self.query.copy_(case.query(*self.query.shape).to(case.model.dtype))
         self.rows.fill_(torch.nan)
         self.lse.fill_(torch.nan)
-        for floats in (self.workspace.rotated, self.workspace.part_out, self.workspace.part_lse):
-            floats.fill_(torch.nan)
+        poison(self.workspace)
 
     def launch(self, layer: int = 1) -> None:
         """Call the kernel."""
-        self.decode(
+        self.kernel.decode(
             self.query,
             self.arena,
             layer,

@@ -62,8 +62,7 @@ class Consumer {
   MDKV_DEVICE void load_query(const List& list) {
     const bool codes = list.reader == kCodes;
     const int head = lane_ / 4;
-    const uint16_t* from = args_.queries +
-                           (int64_t{unit_} * kHeads + head) * args_.query_width +
+    const uint16_t* from = args_.queries + (int64_t{unit_} * kHeads + head) * args_.query_width +
                            query_offset(args_, list.rotation, codes);
     const bool exists = head < place_of(args_, unit_).heads;
     if (codes) {

@@ -20,7 +20,9 @@ MDKV_BOTH constexpr int code_place(int bits, int field) {
   return bits == 8 ? 0 : (field == 0 ? bits : field * bits);
 }
 
-MDKV_BOTH constexpr float code_zero(int bits) { return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f; }
+MDKV_BOTH constexpr float code_zero(int bits) {
+  return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f;
+}
 
 // What a converted code for zero is.
 MDKV_BOTH constexpr float code_bias(int bits, int field) {
@@ -47,8 +49,8 @@ MDKV_DEVICE uint32_t unpack(uint32_t word) {
   constexpr int kShift = kHigh * 8 + kField * kBits - kPlace;
   constexpr uint32_t kMask = twice(((1u << kBits) - 1) << kPlace);
   constexpr uint32_t kMagic = twice(static_cast<uint32_t>(25 - kPlace) << 10);
-  const uint32_t moved = kShift >= 0 ? word >> (kShift >= 0 ? kShift : 0)
-                                     : word << (kShift >= 0 ? 0 : -kShift);
+  const uint32_t moved =
+      kShift >= 0 ? word >> (kShift >= 0 ? kShift : 0) : word << (kShift >= 0 ? 0 : -kShift);
   return (moved & kMask) | kMagic;
 }
 
@@ -119,16 +121,17 @@ MDKV_DEVICE void score_codes(float (&scores)[8 / kBits][2][4], const Query<D>& q
   constexpr int kFields = 8 / kBits;
   const int quarter = list.rank / 4;
   const int steps = (quarter + 3) / 4;
+  const int key_row = opaque(list.key_row);
   const uint32_t column = page.at + first + page.lane / 4 * 4;
   uint32_t at[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) at[i] = column + (page.lane % 4 * quarter + i) * list.key_row;
+  for (int i = 0; i < 4; ++i) at[i] = column + (page.lane % 4 * quarter + i) * key_row;
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     if (step >= steps) break;
     uint32_t rows[4], words[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(at[i] + 4 * step * list.key_row);
+    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(at[i] + 4 * step * key_row);
     pair_rows(words, rows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -145,8 +148,8 @@ MDKV_DEVICE void score_codes(float (&scores)[8 / kBits][2][4], const Query<D>& q
 
 // Adds the weighted values of 16 tokens, of which this thread names rows for two matrices.
 template <int D, int kBits>
-MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2],
-                                    const Page& page, const List& list, int token) {
+MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2], const Page& page,
+                                    const List& list, int token) {
   constexpr int kFields = 8 / kBits;
   constexpr int kPerField = (D / kFields + 15) / 16;
   const int chunks = list.value_row / kChunk;
@@ -158,8 +161,8 @@ MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2
     // Threads of the upper 16 name the next chunk, if there is one.
     const int next = chunk + page.lane / 16 < chunks ? page.lane / 16 : 0;
     uint32_t words[4];
-    load_matrices_transposed(
-        words, values + swizzled(first + chunk + next, list.value_swizzle) * kChunk);
+    load_matrices_transposed(words,
+                             values + swizzled(first + chunk + next, list.value_swizzle) * kChunk);
 #pragma unroll
     for (int beside = 0; beside < 2; ++beside) {
       if (chunk + beside >= kPerField || chunk + beside >= chunks) break;
@@ -181,13 +184,14 @@ MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const
                             const List& list, const int (&tokens)[4]) {
   constexpr int kFields = 8 / kBits;
   constexpr int kPerField = (D / kFields + 31) / 32 * 2;
+  const int value_row = opaque(list.value_row);
   const uint32_t values = page.at + list.values_at + page.lane / 4 * 4;
 #pragma unroll
   for (int first = 0; first < D / kFields; first += kColumns) {
     if (first >= list.value_row) break;
     uint32_t rows[4], words[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(values + tokens[i] * list.value_row + first);
+    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(values + tokens[i] * value_row + first);
     pair_rows(words, rows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -203,66 +207,90 @@ MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const
   }
 }
 
-// Row g (+ 8) of product (field, half) is the token in byte column 4 g + 2 half (+ 1).
+// The token of row g (+ 8 if `lower`) of product (field, half): that in byte column 4 g + 2 half
+// (+ 1). Offset of its scale of K; that of V lies tokens_per_page scales further.
+struct CodeToken {
+  uint32_t scale_at;
+  bool exists;
+};
+
+MDKV_DEVICE CodeToken code_token(const Page& page, const List& list, int first, int product,
+                                 int lower) {
+  const int column = first + page.lane / 4 * 4 + product % 2 * 2 + lower;
+  const int token = product / 2 * list.key_row + column;
+  const int last = list.tokens_per_page - 1;
+  return {page.at + list.scales_at + 2 * (token < last ? token : last),
+          column < list.key_row && token < page.tokens};
+}
+
+// bfloat16 bits of a token's scale of V; 0 where it does not exist.
+MDKV_DEVICE uint32_t value_scale(const CodeToken& token, const List& list) {
+  return token.exists ? load_shared16(token.scale_at + 2 * list.tokens_per_page) : 0;
+}
+
+// Products of queries and codes to scores; raises the maxima.
+template <int D, int kBits>
+MDKV_DEVICE void finish_scores(State<D>& state, float (&scores)[8 / kBits][2][4],
+                               const Query<D>& query, const Page& page, const List& list,
+                               int first) {
+  float highest[2] = {kNothing, kNothing};
+  for_fields<0, 8 / kBits>([&](auto constant) {
+    constexpr int kField = decltype(constant)::value;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = i / 2, lower = i % 2;
+      const CodeToken token = code_token(page, list, first, 2 * kField + half, lower);
+      // A bfloat16 is the upper half of a float.
+      const float key_scale = as_float(load_shared16(token.scale_at) << 16) * page.scale;
+      const int exponent = static_cast<int>(value_scale(token, list) >> 7) - 127;
+#pragma unroll
+      for (int head = 0; head < 2; ++head) {
+        float& score = scores[kField][half][2 * lower + head];
+        const float centred = score - query.sum[head] * code_bias(kBits, kField);
+        score = token.exists ? centred * key_scale + static_cast<float>(exponent) : kNothing;
+        highest[head] = fmaxf(highest[head], score);
+      }
+    }
+  });
+  raise_maximum(state, highest);
+}
+
+// Scores of the 16 tokens of a product to weights, as the right side of the product of values.
+template <int D>
+MDKV_DEVICE void weigh(State<D>& state, uint32_t (&weights)[2], const float (&scores)[4],
+                       const Page& page, const List& list, int first, int product) {
+  uint32_t packed[2];
+#pragma unroll
+  for (int lower = 0; lower < 2; ++lower) {
+    // Read again rather than kept: registers are scarcer.
+    const uint32_t bits = value_scale(code_token(page, list, first, product, lower), list);
+    const float unscaled = as_float((254 - (bits >> 7)) << 23);
+    const float fraction = as_float(((bits & 0x7F) | 0x3F80) << 16);
+    float weight[2];
+#pragma unroll
+    for (int head = 0; head < 2; ++head) {
+      weight[head] = exp2_approximate(scores[2 * lower + head] - state.maximum[head]);
+      state.weight[head] += weight[head] * unscaled;
+      weight[head] *= fraction;
+    }
+    packed[lower] = pack_float16x2(weight[0], weight[1]);
+  }
+  turn_weights(weights, packed[0], packed[1]);
+}
+
 template <int D, int kBits>
 MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page& page,
                               const List& list) {
-  constexpr int kFields = 8 / kBits;
-  constexpr int kProducts = 2 * kFields;
+  constexpr int kProducts = 2 * (8 / kBits);
   const int last = list.tokens_per_page - 1;
-  const uint32_t key_scales = page.at + list.scales_at;
-  const uint32_t value_scales = key_scales + 2 * list.tokens_per_page;
   for (int first = 0; first < list.key_row && first < page.tokens; first += kColumns) {
-    float scores[kFields][2][4] = {};
+    float scores[8 / kBits][2][4] = {};
     score_codes<D, kBits>(scores, query, page, list, first);
-    uint32_t value_scale[kFields][2][2];
-    float highest[2] = {kNothing, kNothing};
-    for_fields<0, kFields>([&](auto constant) {
-      constexpr int kField = decltype(constant)::value;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-          const int column = first + page.lane / 4 * 4 + 2 * half + lower;
-          const int token = kField * list.key_row + column;
-          const bool exists = column < list.key_row && token < page.tokens;
-          const uint32_t at = 2 * (token < last ? token : last);
-          const uint32_t bits = exists ? load_shared16(value_scales + at) : 0;
-          // A bfloat16 is the upper half of a float.
-          const float key_scale = as_float(load_shared16(key_scales + at) << 16) * page.scale;
-          const float exponent = static_cast<float>(static_cast<int>(bits >> 7) - 127);
-          value_scale[kField][half][lower] = bits;
-#pragma unroll
-          for (int head = 0; head < 2; ++head) {
-            float& score = scores[kField][half][2 * lower + head];
-            const float centred = score - query.sum[head] * code_bias(kBits, kField);
-            score = exists ? centred * key_scale + exponent : kNothing;
-            highest[head] = fmaxf(highest[head], score);
-          }
-        }
-      }
-    });
-    raise_maximum(state, highest);
+    finish_scores<D, kBits>(state, scores, query, page, list, first);
     uint32_t weights[kProducts][2];
 #pragma unroll
     for (int product = 0; product < kProducts; ++product) {
-      uint32_t packed[2];
-#pragma unroll
-      for (int lower = 0; lower < 2; ++lower) {
-        const uint32_t bits = value_scale[product / 2][product % 2][lower];
-        const float unscaled = as_float((254 - (bits >> 7)) << 23);
-        const float fraction = as_float(((bits & 0x7F) | 0x3F80) << 16);
-        float weight[2];
-#pragma unroll
-        for (int head = 0; head < 2; ++head) {
-          weight[head] = exp2_approximate(scores[product / 2][product % 2][2 * lower + head] -
-                                          state.maximum[head]);
-          state.weight[head] += weight[head] * unscaled;
-          weight[head] *= fraction;
-        }
-        packed[lower] = pack_float16x2(weight[0], weight[1]);
-      }
-      turn_weights(weights[product], packed[0], packed[1]);
+      weigh(state, weights[product], scores[product / 2][product % 2], page, list, first, product);
     }
     // One copy of the code for all products: its registers and its size would be too many.
 #pragma unroll 1

@@ -58,12 +58,13 @@ MDKV_DEVICE uint32_t load_pair(uint32_t at, int row, bool first, bool second) {
 // The same one by one, for rows that do not start at multiples of 16 bytes.
 MDKV_DEVICE void load_keys_anyhow(uint32_t (&left)[4], const Page& page, const List& list,
                                   int token, int dim) {
+  const int key_row = opaque(list.key_row);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = token + i % 2 * 8 + page.lane / 4;
     const int row = dim + i / 2 * 8 + page.lane % 4 * 2;
     const bool exists = column < page.tokens && row < list.rank;  // ranks are even
-    left[i] = load_pair(page.at + row * list.key_row + 2 * column, list.key_row, exists, exists);
+    left[i] = load_pair(page.at + row * key_row + 2 * column, key_row, exists, exists);
   }
 }
 
@@ -77,14 +78,14 @@ MDKV_DEVICE void load_values(uint32_t (&left)[4], const Page& page, const List& 
 
 MDKV_DEVICE void load_values_anyhow(uint32_t (&left)[4], const Page& page, const List& list,
                                     int token, int dim) {
+  const int value_row = opaque(list.value_row);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = dim + i % 2 * 8 + page.lane / 4;
     const int row = token + i / 2 * 8 + page.lane % 4 * 2;
     const bool exists = column < list.rank;
-    left[i] = load_pair(page.at + list.values_at + row * list.value_row + 2 * column,
-                        list.value_row, exists && row < page.tokens,
-                        exists && row + 1 < page.tokens);
+    left[i] = load_pair(page.at + list.values_at + row * value_row + 2 * column, value_row,
+                        exists && row < page.tokens, exists && row + 1 < page.tokens);
   }
 }
 

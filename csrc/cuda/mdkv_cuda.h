@@ -34,10 +34,10 @@ typedef struct {
   int32_t num_kv_heads;
   int32_t group;  // query heads per KV head
   int32_t num_formats;
-  int32_t basis_rank;         // directions of the basis, calibrated or the prompt's; 0 for none
-  int32_t prompt_basis;       // 1 where the basis lies in the lease
-  int32_t basis_first_page;   // of a lease, where its bases start
-  int32_t basis_pages;        // pages of one head's bases
+  int32_t basis_rank;        // directions of the basis, calibrated or the prompt's; 0 for none
+  int32_t prompt_basis;      // 1 where the basis lies in the lease
+  int32_t basis_first_page;  // of a lease, where its bases start
+  int32_t basis_pages;       // pages of one head's bases
   mdkv_format formats[MDKV_MAX_FORMATS];
 } mdkv_shape;
 

@@ -42,7 +42,7 @@ constexpr float kNone = -INFINITY;
 
 // Grid: query heads, unit by unit (rows of every unit). Threads: head_size times slices of parts.
 // Shared memory: floats, three spaces of head_size for every slice, and a weight per slice.
-__global__ void __launch_bounds__(kMaxMergeThreads)
+__global__ void __launch_bounds__(kMaxMergeThreads, 2)
     merge_parts(const __grid_constant__ DecodeArgs args) {
   const int size = args.head_size;
   const int unit = block_index() / args.rows, row = block_index() % args.rows;
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kMaxMergeThreads)
   const mdkv_call& call = args.call;
   store_element(call.output, call.query_element,
                 place.query * call.output_stride + query_head * call.output_head_stride + dim,
-                total == 0 ? 0.0f : out / total);
+                total == 0 ? 0.0f : out * reciprocal_approximate(total));
   if (call.lse && dim == 0) {
     call.lse[int64_t{place.query} * args.num_kv_heads * args.group + query_head] =
         total == 0 ? kNone : (top + log2_approximate(total)) * 0.6931471805599453f;

@@ -37,10 +37,10 @@ struct Query {
 
 // A page's tokens, as one warp reads them.
 struct Page {
-  uint32_t at;      // where it starts in shared memory
-  uint32_t zeros;   // 16 bytes of zeros
-  int tokens;       // that it holds
-  float scale;      // of scores
+  uint32_t at;     // where it starts in shared memory
+  uint32_t zeros;  // 16 bytes of zeros
+  int tokens;      // that it holds
+  float scale;     // of scores
   int lane;
 };
 

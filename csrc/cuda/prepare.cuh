@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const UnitPlace place = place_of(args, unit);
   const int warps = num_threads() / 32, warp = thread_index() / 32, lane = thread_index() % 32;
   const uint32_t vector = shared_begin() + warp * args.head_size * 4;
-  write_record(args, unit, place.query, place.kv_head,
-               shared_begin() + warps * args.head_size * 4);
+  write_record(args, unit, place.query, place.kv_head, shared_begin() + warps * args.head_size * 4);
   sync_block();
   const Lease lease = lease_of(args, unit);
   const int width = basis_width(args);

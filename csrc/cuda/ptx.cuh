@@ -46,6 +46,13 @@ MDKV_DEVICE void store_shared32(uint32_t at, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(word) : "memory");
 }
 
+// The same number, of which the compiler knows nothing: what follows from it is then computed where
+// it is used, not kept in registers from before a loop.
+MDKV_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 MDKV_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 MDKV_DEVICE uint32_t as_bits(float x) { return __float_as_uint(x); }
 
@@ -158,9 +165,13 @@ MDKV_DEVICE float log2_approximate(float x) {
   return logarithm;
 }
 
-MDKV_DEVICE uint32_t shuffle(uint32_t x, int lane) {
-  return __shfl_sync(0xFFFFFFFFu, x, lane);
+MDKV_DEVICE float reciprocal_approximate(float x) {
+  float reciprocal;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(x));
+  return reciprocal;
 }
+
+MDKV_DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 MDKV_DEVICE uint32_t shuffle_xor(uint32_t x, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, x, mask);
 }

@@ -15,17 +15,15 @@ inline const char* reason(cudaError_t error) {
 inline const char* launch(Kernel kernel, int blocks, int threads, int shared_bytes, void* stream,
                           DecodeArgs args) {
   void* arguments[] = {&args};
-  return reason(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
-                                 dim3(threads), arguments, shared_bytes,
-                                 static_cast<cudaStream_t>(stream)));
+  return reason(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
+                                 arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
 }
 
 // Bytes of shared memory that a block may have on the current device.
 inline const char* shared_limit(int& bytes) {
   int device = 0;
   if (const char* why = reason(cudaGetDevice(&device))) return why;
-  return reason(
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return reason(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
 // Lets a kernel have that much, and counts the blocks of one warp that are resident at once.
@@ -33,8 +31,8 @@ inline const char* resident_warps(Kernel kernel, int shared_bytes, int& warps) {
   const void* function = reinterpret_cast<const void*>(kernel);
   int device = 0, multiprocessors = 0, blocks = 0;
   if (const char* why = reason(cudaGetDevice(&device))) return why;
-  if (const char* why = reason(cudaDeviceGetAttribute(
-          &multiprocessors, cudaDevAttrMultiProcessorCount, device))) {
+  if (const char* why = reason(
+          cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))) {
     return why;
   }
   if (const char* why = reason(cudaFuncSetAttribute(

@@ -92,7 +92,7 @@ MDKV_DEVICE void store_part(const DecodeArgs& args, State<D>& state, int unit, i
     float weight = state.weight[head];
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) weight += as_float(shuffle_xor(as_bits(weight), mask));
-    scale[head] = 1.0f / weight;
+    scale[head] = reciprocal_approximate(weight);
     const int row = lane % 4 * 2 + head;
     if (lane < 4 && row < heads) {
       args.part_lse[slot * args.rows + row] = state.maximum[head] + log2_approximate(weight);

@@ -111,21 +111,14 @@ class PageSource {
 
  private:
   MDKV_DEVICE void open_unit() {
-    const int32_t* record = args_.records + int64_t{unit_} * args_.record_words;
     // The merge finds a unit's parts by its first page.
     if (page_ == 0 && lane_ == 0) args_.unit_begin[unit_] = number_;
-    blocks_ = blocks_of(args_, record[kRow]);
-    first_block_ = record[kFirstBlock];
-    tail_block_ = record[kTailBlock];
     list_ = 0;
     open_list();
   }
 
   MDKV_DEVICE void open_list() {
-    const int32_t* entry =
-        args_.records + int64_t{unit_} * args_.record_words + kFirstList + 2 * list_;
-    list_tokens_ = entry[0];
-    first_page_ = entry[1];
+    list_tokens_ = record()[kFirstList + 2 * list_];
     list_pages_ = pages_of(args_.lists[list_], list_tokens_);
     looked_up_ = page_;
   }
@@ -144,14 +137,21 @@ class PageSource {
     open_unit();
   }
 
-  // Every thread finds the address of one of the next pages, up to a multiple of 32.
+  MDKV_DEVICE const int32_t* record() const {
+    return args_.records + int64_t{unit_} * args_.record_words;
+  }
+
+  // Every thread finds the address of one of the next pages, up to a multiple of 32. What is
+  // needed here alone is read again each time: registers are scarcer.
   MDKV_DEVICE void look_up() {
+    const int32_t* blocks = blocks_of(args_, record()[kRow]);
     const int page = (page_ & ~31) + lane_;
     const int in_list = page < list_pages_ ? page : list_pages_ - 1;
     if (list_ + 1 < args_.num_lists) {
-      address_ = lease_page(args_, blocks_, first_block_, first_page_ + in_list);
+      const int first_page = record()[kFirstList + 2 * list_ + 1];
+      address_ = lease_page(args_, blocks, record()[kFirstBlock], first_page + in_list);
     } else {
-      const int64_t block = blocks_[tail_block_ + in_list];
+      const int64_t block = blocks[record()[kTailBlock] + in_list];
       const int unit_head = unit_ / args_.tiles % args_.num_kv_heads;
       const int64_t page_in_block = int64_t{args_.call.layer} * args_.num_kv_heads + unit_head;
       address_ = static_cast<const uint8_t*>(args_.call.arena) +
@@ -174,9 +174,7 @@ class PageSource {
   int unit_, list_;
   int page_;       // the next one in its list
   int looked_up_;  // pages of the list before this one have addresses
-  int list_pages_, list_tokens_, first_page_;
-  const int32_t* blocks_;
-  int first_block_, tail_block_;
+  int list_pages_, list_tokens_;
   const uint8_t* address_;  // of page 32 n + lane
 };
 

@@ -40,8 +40,7 @@ MDKV_DEVICE BasisRow basis_row(const DecodeArgs& args, const Lease& lease, int k
   const int row = side * args.basis_rank + direction;
   const int head = args.call.layer * args.num_kv_heads + kv_head;
   const int page = args.basis_first_page + head * args.basis_pages + row / rows_per_page;
-  return {lease_page(args, lease.blocks, lease.first_block, page) +
-              row % rows_per_page * row_bytes,
+  return {lease_page(args, lease.blocks, lease.first_block, page) + row % rows_per_page * row_bytes,
           args.element};
 }
 
@@ -51,7 +50,7 @@ MDKV_DEVICE void hadamard(uint32_t vector, int size, int lane) {
   const int block = size & -size;
   float norm = 1;
   for (int half = 1; half < block; half *= 2) {
-    norm *= 0.5f;
+    norm *= 0.70710678118654752f;
     for (int i = lane; i < size / 2; i += 32) {
       const int low = i / half * 2 * half + i % half;
       const uint32_t a_at = vector + 4 * low, b_at = a_at + 4 * half;
@@ -61,10 +60,9 @@ MDKV_DEVICE void hadamard(uint32_t vector, int size, int lane) {
     }
     sync_warp();
   }
-  // norm is now 1 / block.
   for (int d = lane; d < size; d += 32) {
     const float x = as_float(load_shared32(vector + 4 * d));
-    store_shared32(vector + 4 * d, as_bits(x * sqrtf(norm)));
+    store_shared32(vector + 4 * d, as_bits(x * norm));
   }
   sync_warp();
 }

@@ -313,6 +313,9 @@ def mixed_decode(
         CudaKernelError: an argument is of another type or layout than the kernel takes.
     """
     _check_tensors(query, arena, tables, block_table, query_rows, lengths, leases, output, lse)
+    layers = tables.shape.layout.num_layers
+    if not 0 <= layer < layers:
+        raise CudaKernelError(f"layer: {layer}; the cache has {layers} layers")
     if len(query) > workspace.max_queries:
         raise CudaKernelError(
             f"query: {len(query)} queries; the workspace is for {workspace.max_queries}"

@@ -6,6 +6,7 @@ as packages. The interpreter's process imports this module, and so has all of it
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +24,7 @@ def _load():
 
 _load()
 
+<<<<<<< HEAD
 from gpu import (  # noqa: E402
     check,
     compress_check,
@@ -49,54 +51,76 @@ __all__ = [
     "rivals",
     "sanitize",
 ]
+=======
+from gpu import build, check, inputs, loads, measure, reference, report, rivals, sanitize  # noqa: E402
+from gpu.call import CUDA, TRITON  # noqa: E402
+
+__all__ = ["build", "check", "inputs", "loads", "measure", "reference", "report", "rivals", "sanitize"]
+>>>>>>> 8e06fb2 (CUDA decode kernel: interface tests, GPU kit for both kernels)
 
 
 def check_variant(model, mix, seed, fault=None):
-    return check.check_variant(model, mix, "cpu", seed, FAULTS[fault])
+    return check.check_variant(model, mix, "cpu", seed, _faulty(fault))
 
 
 def check_long(load, holding, seed, fault=None):
-    return check.check_long(load, holding, "cpu", seed, FAULTS[fault])
+    return check.check_long(load, holding, "cpu", seed, _faulty(fault))
+
+
+def check_cuda(model, mix, seed, shift=0):
+    """Where the CUDA kernels run on the CPU; every length is ``shift`` too long."""
+
+    def decode(*arguments):
+        lengths = arguments[6]
+        longer = torch.where(lengths > 0, lengths + shift, lengths)
+        CUDA.decode(*arguments[:6], longer, *arguments[7:])
+
+    kernel = replace(CUDA, decode=decode)
+    return check.check_variant(model, mix, "cpu", seed, kernel)
+
+
+def _faulty(fault):
+    return replace(TRITON, decode=FAULTS[fault])
 
 
 def _scaled(*arguments):
-    mixed_decode(*arguments)
+    TRITON.decode(*arguments)
     arguments[9].mul_(1.05)
 
 
 def _unwritten(*arguments):
-    mixed_decode(*arguments)
+    TRITON.decode(*arguments)
     arguments[9][-2, -1, -1] = torch.nan
 
 
 def _last_token_missed(query, arena, layer, tables, block_table, rows, lengths, *more):
-    mixed_decode(query, arena, layer, tables, block_table, rows, (lengths - 1).clamp(min=0), *more)
+    TRITON.decode(query, arena, layer, tables, block_table, rows, (lengths - 1).clamp(min=0), *more)
 
 
 def _cache_written(query, arena, *more):
-    mixed_decode(query, arena, *more)
+    TRITON.decode(query, arena, *more)
     arena.view(torch.uint8).view(-1)[5] ^= 1
 
 
 def _beside_written(*arguments):
-    mixed_decode(*arguments)
+    TRITON.decode(*arguments)
     output = arguments[9]
     output.as_strided((1,), (1,), 0).zero_()
 
 
 def _padding_written(*arguments):
-    mixed_decode(*arguments)
+    TRITON.decode(*arguments)
     arguments[9][-1] = 1
 
 
 def _lse_off(*arguments):
-    mixed_decode(*arguments)
+    TRITON.decode(*arguments)
     if len(arguments) > 11:
         arguments[11].add_(0.05)
 
 
 FAULTS = {
-    None: mixed_decode,
+    None: TRITON.decode,
     "scaled": _scaled,
     "unwritten": _unwritten,
     "last token missed": _last_token_missed,

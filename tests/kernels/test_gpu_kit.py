@@ -11,10 +11,12 @@ import interpreter
 import leases
 import pytest
 import torch
+from cuda_host import process as host
 
 pytest.importorskip("triton")
 
 import gpu_kit
+<<<<<<< HEAD
 from gpu_kit import (
     check,
     compress_check,
@@ -26,6 +28,10 @@ from gpu_kit import (
     rivals,
     sanitize,
 )
+=======
+from gpu_kit import build as building
+from gpu_kit import check, inputs, loads, reference, report, rivals, sanitize
+>>>>>>> 8e06fb2 (CUDA decode kernel: interface tests, GPU kit for both kernels)
 from leases import Model, Request, ragged
 
 from mdkv_vllm.core import reference as specification
@@ -184,6 +190,16 @@ def test_check_finds(process, fault, told):
     assert told in outcome.failures[0]
 
 
+def test_check_takes_the_cuda_kernels(cuda_host_library):
+    """Run on the CPU, right and with a token too many."""
+    with host.start(cuda_host_library) as process:
+        right = process.submit(gpu_kit.check_cuda, SMALL, MIX, 5).result()
+        assert right.failures == ()
+        assert right.name.startswith("CUDA 64 x 1")
+        wrong = process.submit(gpu_kit.check_cuda, SMALL, MIX, 5, 1).result()
+        assert "relative error" in wrong.failures[0]
+
+
 @pytest.mark.parametrize("fault", [None, "scaled", "unwritten", "last token missed"])
 def test_long_check(process, fault):
     heads = replace(HEADS, kv_heads=1, group=1)
@@ -224,17 +240,19 @@ ROWS = [
     row("torch flash", 50.0),
     row("FlashInfer", 40.0),
     row("xformers", math.nan),
-    row(report.OURS, 41.0),
-    row(report.OURS, 14.0, "mixed 0.25", 0.25, 25_000_000),
+    row("Triton", 41.0),
+    row("Triton", 14.0, "mixed 0.25", 0.25, 25_000_000),
 ]
+SLOWER_CUDA = row("CUDA", 50.0)
+FASTER_CUDA = row("CUDA", 10.0, "mixed 0.25", 0.25, 25_000_000)
 
 
 def test_report():
-    table = report.table(ROWS, ("full", "mixed")).splitlines()
+    table = report.table(ROWS, ("full", "mixed"), "Triton").splitlines()
     assert len(table) == 2
     assert "FlashInfer 40.0 us" in table[1]
     assert table[1].split()[-4:] == ["1.02x", "61%", "0.35x", "45%"]
-    assert "mixed" not in report.table(ROWS, ("full", "rank"))
+    assert "mixed" not in report.table(ROWS, ("full", "rank"), "Triton")
     assert ROWS[3].line.endswith("41.0 us, 100.0 MB, 2439 GB/s, 61% of copy")
     copy, full, quarter = report.aims(ROWS)
     assert (copy.reached, copy.rows) == (0, 1)  # the smaller one need not reach it
@@ -244,11 +262,47 @@ def test_report():
     assert quarter.line.endswith("0 of 1; worst 0.35 (some model, 8 x 4096, mixed 0.25)")
 
 
+def test_report_of_both_kernels():
+    rows = [*ROWS, SLOWER_CUDA, FASTER_CUDA]
+    assert report.faster(rows) == [ROWS[3], FASTER_CUDA]
+    assert report.best_full(rows) == report.best_full(ROWS)
+    table = report.table(rows, ("full", "mixed"), "CUDA").splitlines()
+    assert table[1].split()[-4:] == ["1.25x", "50%", "0.25x", "62%"]
+    _, full, quarter = report.aims(rows)
+    assert (full.reached, quarter.reached) == (1, 1)
+    assert report.comparison(rows) == (
+        "CUDA against Triton: faster in 1 of 2; time over Triton's 0.71 to 1.22, median 0.97"
+    )
+    assert report.comparison(ROWS).endswith("not both were timed")
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "why_not", "text", "failed"),
+    [
+        (0, "", "", "CUDA kernels: built in 9 s", 0),
+        (0, "", "it is odd", "CUDA kernels: built, but it is odd", 1),
+        (1, "build-cuda: no nvcc found", "not built", "none, build-cuda: no nvcc found", 0),
+        (1, "attend.cu: error", "not built", "none, attend.cu: error", 1),
+        (1, "build-cuda: no nvcc found", "", "an earlier build is used", 0),
+    ],
+)
+def test_what_comes_of_a_build(status, message, why_not, text, failed):
+    told, failures = building.outcome(status, message, 9.0, why_not)
+    assert text in told
+    assert failures == failed
+
+
+def test_names_of_architectures():
+    capabilities = [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)]
+    names = [building.architecture(capability) for capability in capabilities]
+    assert names == ["80", "89", "90a", "100", "120"]
+
+
 def test_report_without_rivals():
-    rows = [row(report.OURS, 41.0), row("xformers", math.nan)]
-    assert "none" in report.table(rows, ("full",))
+    rows = [row("Triton", 41.0), row("xformers", math.nan)]
+    assert "none" in report.table(rows, ("full",), "Triton")
     assert report.aims(rows)[1].line.endswith("nothing measured")
-    assert report.table([], ("full",)).startswith("model")
+    assert report.table([], ("full",), "Triton").startswith("model")
 
 
 def test_rows_are_json():
@@ -303,9 +357,9 @@ def test_loads_are_timed_one_by_one(monkeypatch):
     todo, skipped = [LOAD, loads.Load(HEADS, 10_000, 500)], []
     generator, deadline = torch.Generator().manual_seed(0), time.monotonic() + 600
     rows = list(gpu_kit.measure.measure_all(todo, HOLDINGS, generator, deadline, skipped))
-    assert [r.kernel for r in rows] == [*rivals.RIVALS, *[report.OURS] * len(HOLDINGS)]
+    assert [r.kernel for r in rows] == [*rivals.RIVALS, *["Triton"] * len(HOLDINGS)]
     assert [r.holding for r in rows[len(rivals.RIVALS) :]] == [h.name for h in HOLDINGS]
-    full = next(r for r in rows if r.kernel == report.OURS)
+    full = next(r for r in rows if r.kernel == "Triton")
     assert full.kv_bytes == LOAD.full_bytes == rows[0].kv_bytes
     assert skipped == ["tiny, batch 10000 x 500: 3 GB do not fit"]
     assert all(r.note for r in rows if math.isnan(r.microseconds))
@@ -390,8 +444,9 @@ def test_compression_is_timed(process):
     ],
 )
 def test_what_the_sanitizer_says(planted, status, text, errors, failed):
-    found = sanitize.finding("memcheck", planted, (status, text))
+    found = sanitize.finding("CUDA", "memcheck", planted, (status, text))
     assert (found.errors, found.failed) == (errors, failed)
+    assert found.text.startswith("CUDA memcheck")
     assert ("FAILED" in found.text) == failed
 
 

@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
@@ -21,7 +22,16 @@ struct Copy {
 };
 
 struct Warp {
-  enum Operation { kNone, kSync, kMatrices, kTransposed, kTranspose, kFloat16, kBFloat16, kShuffle };
+  enum Operation {
+    kNone,
+    kSync,
+    kMatrices,
+    kTransposed,
+    kTranspose,
+    kFloat16,
+    kBFloat16,
+    kShuffle
+  };
   Operation operation = kNone;
   int arrived = 0;
   long finished = 0;  // operations
@@ -55,7 +65,7 @@ Block block;
 bool reversed_order = false, late_copies = false;
 const uint8_t* arena_begin = nullptr;
 const uint8_t* arena_end = nullptr;
-int device_warps = 6;
+int device_shared_bytes = 99 << 10;
 
 [[noreturn]] void stop(const char* what) {
   std::fprintf(stderr, "cuda_host: block %d, thread %d: %s\n", block.index, block.current, what);
@@ -264,7 +274,9 @@ uint32_t transpose_matrix(uint32_t m) {
   together(Warp::kTranspose, [](Warp& all) {
     for (int l = 0; l < 32; ++l) {
       const int column = l / 4, row = l % 4 * 2;
-      const auto element = [&](int r) { return half_of(all.in[4 * r + column / 2][0], column % 2); };
+      const auto element = [&](int r) {
+        return half_of(all.in[4 * r + column / 2][0], column % 2);
+      };
       all.out[l][0] = element(row) | element(row + 1) << 16;
     }
   });
@@ -333,20 +345,25 @@ const char* launch(Kernel kernel, int blocks, int threads, int shared_bytes, voi
 }
 
 const char* shared_limit(int& bytes) {
-  bytes = 99 << 10;
+  bytes = device_shared_bytes;
   return nullptr;
 }
 
-const char* resident_warps(Kernel, int, int& warps) {
-  warps = device_warps;
+const char* resident_warps(Kernel, int shared_bytes, int& warps) {
+  warps = std::min(12, device_shared_bytes / shared_bytes);
   return nullptr;
 }
 
 }  // namespace mdkv
 
+#define MDKV_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Shared memory of the machine's only multiprocessor, in bytes; a block may have all of it.
+MDKV_EXPORT void mdkv_host_device(int shared_bytes) { mdkv::device_shared_bytes = shared_bytes; }
+
 // How the next calls run: threads and blocks from the last to the first; copies that arrive when
 // they are waited for, not at once; where copies may come from.
-extern "C" __attribute__((visibility("default"))) void mdkv_host_configure(int reversed, int late, const void* arena, int64_t bytes) {
+MDKV_EXPORT void mdkv_host_configure(int reversed, int late, const void* arena, int64_t bytes) {
   mdkv::reversed_order = reversed;
   mdkv::late_copies = late;
   mdkv::arena_begin = static_cast<const uint8_t*>(arena);

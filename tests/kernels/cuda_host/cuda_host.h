@@ -30,6 +30,8 @@ uint32_t load_shared32(uint32_t at);
 uint32_t load_shared16(uint32_t at);
 void store_shared32(uint32_t at, uint32_t word);
 
+inline int opaque(int x) { return x; }
+
 inline float as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
@@ -72,6 +74,7 @@ float float_of_float16(uint32_t bits);
 
 inline float exp2_approximate(float x) { return std::exp2(x); }
 inline float log2_approximate(float x) { return std::log2(x); }
+inline float reciprocal_approximate(float x) { return 1.0f / x; }
 
 uint32_t shuffle(uint32_t x, int lane);
 uint32_t shuffle_xor(uint32_t x, int mask);

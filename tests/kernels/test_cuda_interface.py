@@ -1,0 +1,157 @@
+"""What the CUDA kernels' interface refuses, and how they are planned (run on the CPU, cuda_host)."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from cuda_host import process as host
+from leases import Case, Model, Request
+
+from mdkv_vllm.core.formats import FormatSet, PageFormat, Rotation
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.ops import cuda
+
+CPU = torch.device("cpu")
+SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+"""KiB of shared memory that a block may have."""
+
+
+@pytest.fixture(scope="module")
+def process(cuda_host_library):
+    with host.start(cuda_host_library) as running:
+        yield running
+
+
+@dataclass
+class Arguments:
+    """Of a call on a small case; a test changes one."""
+
+    query: torch.Tensor
+    arena: torch.Tensor
+    layer: int
+    block_table: torch.Tensor
+    query_rows: torch.Tensor
+    lengths: torch.Tensor
+    leases: torch.Tensor
+    output: torch.Tensor
+    lse: torch.Tensor | None = None
+    max_queries: int = 2
+
+
+def arguments():
+    case = Case(Model(query_dtype=torch.bfloat16), [Request(6, 5), Request(0, 9)])
+    query = case.query(2, 6, 64)
+    return case, Arguments(
+        query,
+        case.arena,
+        0,
+        case.block_table,
+        torch.tensor([0, 1], dtype=torch.int32),
+        torch.tensor(case.totals, dtype=torch.int32),
+        case.leases,
+        torch.empty_like(query),
+    )
+
+
+def call(layout, group, a):
+    """In the process; what was refused."""
+    try:
+        tables = cuda.DecodeTables.build(layout, group, None, CPU)
+        workspace = cuda.DecodeWorkspace.allocate(tables.shape, a.max_queries, CPU, 4)
+        requests = (a.block_table, a.query_rows, a.lengths, a.leases)
+        cuda.mixed_decode(
+            a.query, a.arena, a.layer, tables, *requests, 1.0, a.output, workspace, a.lse
+        )
+    except cuda.CudaKernelError as error:
+        return str(error)
+    return ""
+
+
+def test_takes_what_is_right(process):
+    case, right = arguments()
+    assert process.submit(call, case.layout, case.model.group, right).result() == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "change", "told"),
+    [
+        ("query", lambda x: x[:, 1:], "query: shape [2, 5, 64]"),
+        ("query", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "last dimension"),
+        ("query", lambda x: x.double(), "query, output: torch.float64"),
+        ("output", lambda x: x.half(), "expected both"),
+        ("arena", lambda x: x.half(), "arena: torch.float16"),
+        ("arena", lambda x: x[:, :, :8], "arena: torch.bfloat16"),
+        ("arena", lambda x: x[::2], "must be contiguous"),
+        ("layer", lambda x: 2, "layer: 2; the cache has 2 layers"),
+        ("block_table", lambda x: x.long(), "block_table: torch.int64"),
+        ("leases", lambda x: x.flatten(), "leases: torch.int32 [4]"),
+        ("lengths", lambda x: x[:1], "one for every query"),
+        ("lse", lambda x: torch.empty(6, 2), "lse: torch.float32 [6, 2]"),
+        ("max_queries", lambda x: 1, "2 queries; the workspace is for 1"),
+    ],
+)
+def test_refuses_arguments(process, field, change, told):
+    case, right = arguments()
+    wrong = replace(right, **{field: change(getattr(right, field))})
+    refused = process.submit(call, case.layout, case.model.group, wrong).result()
+    assert told in refused
+
+
+def plan(layout, group, kib):
+    """In the process; warps, stages and bytes, or what was refused."""
+    cuda.library().mdkv_host_device(kib << 10)
+    try:
+        shape = cuda.DecodeTables.build(layout, group, None, CPU).shape
+        found = cuda.DecodeWorkspace.allocate(shape, 1, CPU).plan
+    except cuda.CudaKernelError as error:
+        return str(error)
+    return found.warps, found.stages, found.shared_bytes
+
+
+@pytest.mark.parametrize("device", SHARED_LIMIT)
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+def test_stages_fit(process, device, head_size):
+    limit = SHARED_LIMIT[device]
+    layout = Model(("i4", "i8", "full"), head_size).layout()
+    warps, stages, size = process.submit(plan, layout, 4, limit).result()
+    assert warps > 0
+    assert 2 <= stages <= 4
+    assert stages * layout.geometry.page_bytes < size <= limit << 10
+
+
+def with_format(layout, **changes):
+    """A layout whose only format is changed to one that no name gives."""
+    fmt = PageFormat("odd", 64, 8, Rotation.HADAMARD, 31, quantised=True)
+    return replace(layout, formats=FormatSet((replace(fmt, **changes),), False))
+
+
+def refusals():
+    layout = Model().layout()
+    basis = replace(layout, formats=Model(("r16",)).layout().formats)
+
+    def other(model: Model) -> LeaseLayout:
+        return model.layout()
+
+    return [
+        (other(Model(dtype=torch.float32)), "must be float16 or bfloat16"),
+        (other(Model(head_size=72)), "head size 72 is not built; 64, 80, 96, 128 and 256 are"),
+        (other(Model(head_size=128, block_size=256)), "do not fit 101376 bytes of shared memory"),
+        (with_format(layout, bits=5), "format 0: 5 bits"),
+        (with_format(layout, rank=62), "format 0: rank 62"),
+        (with_format(layout, rank=32), "format 0: rotation 2"),
+        (with_format(layout, tokens_per_page=40), "format 0: 40 tokens in a page"),
+        (basis, "the basis has 0 directions; formats read 16"),
+    ]
+
+
+@pytest.mark.parametrize(("layout", "told"), refusals(), ids=[told for _, told in refusals()])
+def test_refuses_shapes(process, layout, told):
+    assert told in process.submit(plan, layout, 4, 99).result()
+
+
+def test_too_many_formats(process):
+    names = tuple(f"r{4 * i}" for i in range(1, 16)) + ("i8", "i4")
+    layout = Model(names).layout()
+    assert "17 page formats; the CUDA kernel takes 16" in process.submit(
+        plan, replace(layout, prompt_basis_rank=60), 4, 99
+    ).result()

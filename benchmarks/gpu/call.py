@@ -10,6 +10,7 @@ import torch
 
 from mdkv_vllm.ops import cuda
 from mdkv_vllm.triton_kernels import mixed_decode as triton
+from mdkv_vllm.triton_kernels.shapes import DecodeShape
 
 from .inputs import Inputs
 
@@ -34,14 +35,14 @@ class Kernel:
     workspace: Callable[..., Any]
 
 
-def _triton_workspace(shape: Any, queries: int, device: torch.device) -> triton.DecodeWorkspace:
+def _triton_workspace(
+    shape: DecodeShape, queries: int, device: torch.device
+) -> triton.DecodeWorkspace:
     return triton.DecodeWorkspace.allocate(shape, queries, device, triton.programs_of(device))
 
 
 TRITON = Kernel("Triton", triton.mixed_decode, triton.DecodeTables.build, _triton_workspace)
-CUDA = Kernel(
-    "CUDA", cuda.mixed_decode, cuda.DecodeTables.build, cuda.DecodeWorkspace.allocate
-)
+CUDA = Kernel("CUDA", cuda.mixed_decode, cuda.DecodeTables.build, cuda.DecodeWorkspace.allocate)
 
 
 def kernels() -> tuple[Kernel, ...]:

@@ -26,9 +26,8 @@ from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.triton_kernels.compress import TritonKernels
-from mdkv_vllm.triton_kernels.mixed_decode import DecodeTables, DecodeWorkspace, mixed_decode
 
-from .call import programs
+from .call import TRITON
 from .check import Outcome
 from .inputs import POISON
 from .reference import mixed_decode as float64_decode
@@ -320,16 +319,14 @@ class Prompt:
         lengths = rows + blocks * 16
         leases = torch.tensor([[0, blocks]], dtype=torch.int32).to(self.device)
         basis = None if self.basis is None else self.basis.to(self.device)
-        tables = DecodeTables.build(layout, case.group, basis, self.device)
-        workspace = DecodeWorkspace.allocate(
-            tables.shape, queries, self.device, programs(self.device)
-        )
+        tables = TRITON.tables(layout, case.group, basis, self.device)
+        workspace = TRITON.workspace(tables.shape, queries, self.device)
         scale, worst = case.head_size**-0.5, 0.0
         for layer in range(case.layers):
             query = self.randn(queries, case.kv_heads * case.group, case.head_size)
             query = query.to(case.dtype).to(self.device)
             output = torch.full_like(query, torch.nan)
-            mixed_decode(
+            TRITON.decode(
                 query, arenas[0], layer, tables, table, rows, lengths, leases, scale, output,
                 workspace,
             )  # fmt: skip

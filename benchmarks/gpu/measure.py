@@ -66,9 +66,7 @@ def measure_all(
                 yield from _ours(load, holding, rate, generator)
 
 
-def _ours(
-    load: Load, holding: Holding, rate: float, generator: torch.Generator
-) -> Iterator[Row]:
+def _ours(load: Load, holding: Holding, rate: float, generator: torch.Generator) -> Iterator[Row]:
     """Both of ours on the same inputs."""
     free_memory()
     sets = sets_for(load.full_bytes * holding.budget)

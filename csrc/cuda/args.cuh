@@ -28,9 +28,9 @@ struct List {
   int32_t bits;
   int32_t tokens_per_page;
   int32_t run;  // the run of lists that it is summed in
-  // Whether rows can be read by matrices: they then start at multiples of 16 bytes.
-  int32_t keys_aligned;
-  int32_t values_aligned;
+  // Whether rows can be read by matrices, since they start at multiples of 16 bytes. Of codes,
+  // those of values; keys are read otherwise anyway.
+  int32_t aligned;
   int32_t key_row;    // bytes of a row of keys: a dimension's, or a slot
   int32_t value_row;  // bytes of a row of values: a token's, or a slot
   int32_t values_at;

@@ -34,16 +34,12 @@ class Consumer {
     }
     const Page page = {places_.stages + stage * args_.stage_bytes, places_.zeros,
                        static_cast<int>(load_shared32(ticket + 4 * kTokens)), args_.scale, lane_};
-    // The element type is looked at here, not compiled for: readers of codes have none.
-    const bool bfloat16 = args_.element == MDKV_BFLOAT16;
-    if (list.reader == kSlots && bfloat16) {
-      attend_elements<D, true, true>(state_, query_, page, list);
-    } else if (list.reader == kSlots) {
-      attend_elements<D, false, true>(state_, query_, page, list);
-    } else if (list.reader == kElements && bfloat16) {
-      attend_elements<D, true, false>(state_, query_, page, list);
+    if (list.reader == kSlots) {
+      attend_elements_of_type<kSlotRows>(page, list);
+    } else if (list.reader == kElements && list.aligned) {
+      attend_elements_of_type<kWholeRows>(page, list);
     } else if (list.reader == kElements) {
-      attend_elements<D, false, false>(state_, query_, page, list);
+      attend_elements_of_type<kAnyRows>(page, list);
     } else if (list.bits == 8) {
       attend_codes<D, 8>(state_, query_, page, list);
     } else if (list.bits == 4) {
@@ -59,6 +55,16 @@ class Consumer {
   }
 
  private:
+  // The type is looked at here, not compiled for: readers of codes have none.
+  template <Rows kRows>
+  MDKV_DEVICE void attend_elements_of_type(const Page& page, const List& list) {
+    if (args_.element == MDKV_BFLOAT16) {
+      attend_elements<D, true, kRows>(state_, query_, page, list);
+    } else {
+      attend_elements<D, false, kRows>(state_, query_, page, list);
+    }
+  }
+
   MDKV_DEVICE void load_query(const List& list) {
     const bool codes = list.reader == kCodes;
     const int head = lane_ / 4;

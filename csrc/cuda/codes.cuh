@@ -296,7 +296,7 @@ MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page
 #pragma unroll 1
     for (int product = 0; product < kProducts; ++product) {
       const int start = product / 2 * list.key_row + first + product % 2 * 2;
-      if (list.values_aligned) {
+      if (list.aligned) {
         const int token = start + page.lane % 8 * 4 + page.lane / 8 % 2;
         add_aligned_values<D, kBits>(state, weights[0], page, list, token < last ? token : last);
       } else {

@@ -5,6 +5,9 @@
 
 namespace mdkv {
 
+// How rows are read: slots, rows at multiples of 16 bytes, and rows anywhere.
+enum Rows { kSlotRows, kWholeRows, kAnyRows };
+
 template <int D>
 MDKV_DEVICE void load_element_query(Query<D>& query, const uint16_t* from, int rank, bool exists,
                                     int lane) {
@@ -59,6 +62,7 @@ MDKV_DEVICE uint32_t load_pair(uint32_t at, int row, bool first, bool second) {
 MDKV_DEVICE void load_keys_anyhow(uint32_t (&left)[4], const Page& page, const List& list,
                                   int token, int dim) {
   const int key_row = opaque(list.key_row);
+  dim = opaque(dim);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = token + i % 2 * 8 + page.lane / 4;
@@ -79,6 +83,8 @@ MDKV_DEVICE void load_values(uint32_t (&left)[4], const Page& page, const List& 
 MDKV_DEVICE void load_values_anyhow(uint32_t (&left)[4], const Page& page, const List& list,
                                     int token, int dim) {
   const int value_row = opaque(list.value_row);
+  dim = opaque(dim);
+  token = opaque(token);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = dim + i % 2 * 8 + page.lane / 4;
@@ -90,7 +96,7 @@ MDKV_DEVICE void load_values_anyhow(uint32_t (&left)[4], const Page& page, const
 }
 
 // Row g (+ 8) of the product of keys is that token of 16.
-template <int D, bool kBFloat16, bool kInSlots>
+template <int D, bool kBFloat16, Rows kRows>
 MDKV_DEVICE void attend_elements(State<D>& state, const Query<D>& query, const Page& page,
                                  const List& list) {
   for (int first = 0; first < page.tokens; first += 16) {
@@ -99,9 +105,9 @@ MDKV_DEVICE void attend_elements(State<D>& state, const Query<D>& query, const P
     for (int step = 0; step < D / 16; ++step) {
       if (16 * step >= list.rank) break;
       uint32_t left[4];
-      if (kInSlots) {
+      if (kRows == kSlotRows) {
         load_slot_keys(left, page, list, first, 16 * step);
-      } else if (list.keys_aligned) {
+      } else if (kRows == kWholeRows) {
         load_keys(left, page, list, first, 16 * step);
       } else {
         load_keys_anyhow(left, page, list, first, 16 * step);
@@ -129,8 +135,8 @@ MDKV_DEVICE void attend_elements(State<D>& state, const Query<D>& query, const P
     for (int tile = 0; tile < D / 16; ++tile) {
       if (16 * tile >= list.rank) break;
       uint32_t left[4];
-      if (kInSlots || list.values_aligned) {
-        load_values(left, page, list, first, (kInSlots ? D : 0) + 16 * tile);
+      if (kRows != kAnyRows) {
+        load_values(left, page, list, first, (kRows == kSlotRows ? D : 0) + 16 * tile);
       } else {
         load_values_anyhow(left, page, list, first, 16 * tile);
       }

@@ -34,7 +34,7 @@ inline List slot_list(const mdkv_shape& shape) {
   list.rank = shape.head_size;
   list.bits = 16;
   list.tokens_per_page = shape.block_size;
-  list.keys_aligned = list.values_aligned = 1;
+  list.aligned = 1;
   list.key_row = list.value_row = 4 * shape.head_size;
   list.chunks = shape.block_size * list.key_row / kChunk;
   list.first_value_chunk = list.last_value_chunk = list.chunks;
@@ -53,8 +53,7 @@ inline List format_list(const mdkv_shape& shape, const mdkv_format& format) {
   list.tokens_per_page = format.tokens_per_page;
   list.key_row = format.tokens_per_page * format.bits / 8;
   list.value_row = format.rank * format.bits / 8;
-  list.keys_aligned = !codes && list.key_row % kChunk == 0;
-  list.values_aligned = list.value_row % kChunk == 0;
+  list.aligned = list.value_row % kChunk == 0 && (codes || list.key_row % kChunk == 0);
   const int section = format.rank * list.key_row;
   const int used = 2 * section + (codes ? 4 * format.tokens_per_page : 0);
   list.chunks = (used + kChunk - 1) / kChunk;
@@ -71,9 +70,9 @@ inline List format_list(const mdkv_shape& shape, const mdkv_format& format) {
   list.last_value_chunk = 2 * chunks;
   list.values_at = whole_groups(chunks) * kChunk;
   list.scales_at = 2 * list.values_at;
-  if (list.keys_aligned) list.key_swizzle = best_swizzle(list.key_row / kChunk);
+  if (list.aligned && !codes) list.key_swizzle = best_swizzle(list.key_row / kChunk);
   // Rows of a matrix are one token apart, or four where tokens are codes.
-  if (list.values_aligned) {
+  if (list.aligned) {
     list.value_swizzle = best_swizzle(list.value_row / kChunk * (codes ? 4 : 1));
   }
   return list;
@@ -84,7 +83,7 @@ inline Run run_of(const mdkv_shape& shape, const List& list) {
   Run run = {list.rotation, list.rank, 0, list.value_row, 1};
   if (list.reader != kCodes) return run;
   run.fields = 8 / list.bits;
-  run.aligned = list.values_aligned;
+  run.aligned = list.aligned;
   if (run.aligned && list.rank == shape.head_size && list.rank % (16 * run.fields) == 0) {
     // The fields of all bytes then lie one after the other, like whole bytes.
     run.fields = 1;

@@ -24,8 +24,8 @@ def _load():
 
 _load()
 
-<<<<<<< HEAD
 from gpu import (  # noqa: E402
+    build,
     check,
     compress_check,
     compress_time,
@@ -37,9 +37,10 @@ from gpu import (  # noqa: E402
     rivals,
     sanitize,
 )
-from gpu.call import mixed_decode  # noqa: E402
+from gpu.call import CUDA, TRITON  # noqa: E402
 
 __all__ = [
+    "build",
     "check",
     "compress_check",
     "compress_time",
@@ -51,12 +52,6 @@ __all__ = [
     "rivals",
     "sanitize",
 ]
-=======
-from gpu import build, check, inputs, loads, measure, reference, report, rivals, sanitize  # noqa: E402
-from gpu.call import CUDA, TRITON  # noqa: E402
-
-__all__ = ["build", "check", "inputs", "loads", "measure", "reference", "report", "rivals", "sanitize"]
->>>>>>> 8e06fb2 (CUDA decode kernel: interface tests, GPU kit for both kernels)
 
 
 def check_variant(model, mix, seed, fault=None):

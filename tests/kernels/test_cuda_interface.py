@@ -1,4 +1,4 @@
-"""What the CUDA kernels' interface refuses, and how they are planned (run on the CPU, cuda_host)."""
+"""What the CUDA kernels' interface refuses, and how they are planned; run on the CPU."""
 
 from dataclasses import dataclass, replace
 
@@ -150,8 +150,9 @@ def test_refuses_shapes(process, layout, told):
 
 
 def test_too_many_formats(process):
-    names = tuple(f"r{4 * i}" for i in range(1, 16)) + ("i8", "i4")
+    names = (*(f"r{4 * i}" for i in range(1, 16)), "i8", "i4")
     layout = Model(names).layout()
-    assert "17 page formats; the CUDA kernel takes 16" in process.submit(
-        plan, replace(layout, prompt_basis_rank=60), 4, 99
-    ).result()
+    assert (
+        "17 page formats; the CUDA kernel takes 16"
+        in process.submit(plan, replace(layout, prompt_basis_rank=60), 4, 99).result()
+    )

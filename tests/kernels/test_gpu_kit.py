@@ -16,7 +16,7 @@ from cuda_host import process as host
 pytest.importorskip("triton")
 
 import gpu_kit
-<<<<<<< HEAD
+from gpu_kit import build as building
 from gpu_kit import (
     check,
     compress_check,
@@ -28,10 +28,6 @@ from gpu_kit import (
     rivals,
     sanitize,
 )
-=======
-from gpu_kit import build as building
-from gpu_kit import check, inputs, loads, reference, report, rivals, sanitize
->>>>>>> 8e06fb2 (CUDA decode kernel: interface tests, GPU kit for both kernels)
 from leases import Model, Request, ragged
 
 from mdkv_vllm.core import reference as specification

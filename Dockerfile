@@ -35,12 +35,9 @@ RUN scripts/install-image.sh dependencies cuda /opt/mdkv
 
 FROM ${CUDA_IMAGE} AS cuda-kernels
 WORKDIR /opt/source
-COPY scripts scripts
-COPY csrc csrc
-RUN mkdir /opt/kernels \
-    && if [ -x scripts/build-cuda.sh ]; then \
-        OUT=/opt/kernels/libmdkv_cuda.so scripts/build-cuda.sh; \
-    fi
+COPY scripts/build-cuda.sh scripts/
+COPY csrc/cuda csrc/cuda
+RUN OUT=/opt/kernels/libmdkv_cuda.so scripts/build-cuda.sh
 
 FROM cpu-dependencies AS cpu-package
 COPY pyproject.toml setup.py README.md ./

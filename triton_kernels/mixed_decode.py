@@ -82,22 +82,13 @@ class DecodeTables:
             device: where the arena is.
         """
         if layout.prompt_basis_rank or basis is None:
-            empty = torch.zeros(
-                layout.num_layers, layout.num_kv_heads, layout.geometry.head_size, 0
-            )
-            basis = Basis(empty, empty)
+            basis = Basis.empty(layout.num_layers, layout.num_kv_heads, layout.geometry.head_size)
         rank = layout.prompt_basis_rank or basis.rank
         assert rank >= layout.formats.basis_rank, "the basis has too few directions"
         return cls(
             DecodeShape(layout, group, rank if layout.formats.uses_basis else 0),
-            _rows_per_layer(basis.keys, device),
-            _rows_per_layer(basis.values, device),
+            *basis.rows(device),
         )
-
-
-def _rows_per_layer(columns: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """``[layers, kv_heads, head_size, rank]`` to ``[kv_heads, rank, head_size]`` per layer."""
-    return tuple(columns.float().transpose(-1, -2).contiguous().to(device).unbind(0))
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,22 @@ class Basis:
         """The same bases on a device."""
         return Basis(self.keys.to(device), self.values.to(device))
 
+    def rows(
+        self, device: torch.device
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """As decode kernels read them: of K and of V, per layer ``[kv_heads, rank, head_size]``."""
+        keys, values = (
+            tuple(side.float().transpose(-1, -2).contiguous().to(device).unbind(0))
+            for side in (self.keys, self.values)
+        )
+        return keys, values
+
+    @classmethod
+    def empty(cls, num_layers: int, num_kv_heads: int, head_size: int) -> Basis:
+        """A basis of no directions."""
+        nothing = torch.zeros(num_layers, num_kv_heads, head_size, 0)
+        return cls(nothing, nothing)
+
     def truncate(self, rank: int) -> Basis:
         """Keep the first ``rank`` columns."""
         return Basis(self.keys[..., :rank].contiguous(), self.values[..., :rank].contiguous())

@@ -134,23 +134,18 @@ class DecodeTables:
         """Tables of a lease layout and, where formats use one, a calibrated basis."""
         head_size = layout.geometry.head_size
         if basis is None:
-            empty = torch.zeros(layout.num_layers, layout.num_kv_heads, head_size, 0)
-            basis = Basis(empty, empty)
+            basis = Basis.empty(layout.num_layers, layout.num_kv_heads, head_size)
+        keys, values = basis.rows(torch.device("cpu"))
         return cls(
             num_kv_heads=layout.num_kv_heads,
             formats=format_table(layout.formats),
-            basis_keys=_rows_per_layer(basis.keys),
-            basis_values=_rows_per_layer(basis.values),
+            basis_keys=keys,
+            basis_values=values,
             hadamard=hadamard(head_size).contiguous(),
             basis_first_page=layout.basis_first_page,
             basis_pages_per_head=layout.basis_pages_per_head,
             prompt_basis_rank=layout.prompt_basis_rank,
         )
-
-
-def _rows_per_layer(columns: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """``[layers, kv_heads, head_size, rank]`` to ``[kv_heads, rank, head_size]`` per layer."""
-    return tuple(columns.float().transpose(-1, -2).contiguous().unbind(0))
 
 
 def mixed_decode(

@@ -123,7 +123,7 @@ def test_prefill_choices_on_gpus():
         fa_utils.get_flash_attn_version = lambda **_: 3
         made = {name: object() for name in ("flash", "xformers", "sdpa")}
         for name, value in made.items():
-            setattr(choose, f"_{name}", lambda value=value: value)
+            setattr(choose, f"_{name}", lambda head_size, value=value: value)
         gpu = torch.device("cuda")
 
         def chosen(asked, dtype=torch.float16, head_size=128, xformers=True):

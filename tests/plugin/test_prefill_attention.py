@@ -66,7 +66,7 @@ def flash(monkeypatch):
     from mdkv_vllm.plugin.prefill import flash as ours
 
     monkeypatch.setattr(ours, "get_flash_attn_version", lambda **_: 3)
-    return ours.FlashPrefill()
+    return ours.FlashPrefill(64)
 
 
 @pytest.fixture

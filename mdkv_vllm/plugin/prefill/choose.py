@@ -9,6 +9,7 @@ import torch
 
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.plugin.prefill import PrefillAttention
+from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
 
 Reason = str | None
 """Why an implementation cannot be had, None where it can."""
@@ -30,7 +31,7 @@ def choose_prefill(
     """
     if device.type == "cpu":
         return _choose_on_cpu(asked)
-    makers: dict[str, tuple[Callable[..., Reason], Callable[[], PrefillAttention]]] = {
+    makers: dict[str, tuple[Callable[..., Reason], Callable[[int], PrefillAttention]]] = {
         "flash": (_no_flash, _flash),
         "xformers": (_no_xformers, _xformers),
         "sdpa": (lambda *_: None, _sdpa),
@@ -42,12 +43,12 @@ def choose_prefill(
             f"mixeddim.prefill is {asked!r}, but {reasons[asked]}; allowed here: {allowed}"
         )
     name = asked if asked != "auto" else next(n for n, reason in reasons.items() if not reason)
-    return name, makers[name][1]()
+    return name, makers[name][1](head_size)
 
 
 def _choose_on_cpu(asked: str) -> tuple[str, PrefillAttention]:
     if asked == "sdpa":
-        return asked, _sdpa()
+        return asked, SdpaPrefill()
     if asked != "auto":
         raise ConfigError(
             f"mixeddim.prefill is {asked!r}, but the model runs on the CPU; allowed there are "
@@ -79,19 +80,17 @@ def _no_xformers(dtype: torch.dtype, head_size: int) -> Reason:
     return None
 
 
-def _flash() -> PrefillAttention:
+def _flash(head_size: int) -> PrefillAttention:
     from mdkv_vllm.plugin.prefill.flash import FlashPrefill
 
-    return FlashPrefill()
+    return FlashPrefill(head_size)
 
 
-def _xformers() -> PrefillAttention:
+def _xformers(head_size: int) -> PrefillAttention:
     from mdkv_vllm.plugin.prefill.xformers import XformersPrefill
 
     return XformersPrefill()
 
 
-def _sdpa() -> PrefillAttention:
-    from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
-
+def _sdpa(head_size: int) -> PrefillAttention:
     return SdpaPrefill()

@@ -15,7 +15,14 @@ from mdkv_vllm.plugin.prefill import Chunk, tokens_of
 
 
 class FlashPrefill:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`: all chunks in one call."""
+    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`: all chunks in one call.
+
+    Args:
+        head_size: dimensions of a head, by which vLLM picks FlashAttention's version.
+    """
+
+    def __init__(self, head_size: int) -> None:
+        self._version = get_flash_attn_version(head_size=head_size)
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> FlashStep:
         """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
@@ -32,6 +39,7 @@ class FlashPrefill:
             longest_query=max(chunk.tokens for chunk in chunks),
             longest=max(chunk.total for chunk in chunks),
             block_table=block_table.index_select(0, on_device([chunk.row for chunk in chunks])),
+            version=self._version,
         )
 
 
@@ -46,6 +54,7 @@ class FlashStep:
         longest_query: the longest chunk.
         longest: the longest of ``lengths``.
         block_table: int32 ``[chunks, max_blocks]``.
+        version: FlashAttention's.
     """
 
     tokens: torch.Tensor | slice
@@ -54,6 +63,7 @@ class FlashStep:
     longest_query: int
     longest: int
     block_table: torch.Tensor
+    version: int | None
 
     def attend(
         self,
@@ -86,7 +96,7 @@ class FlashStep:
             softmax_scale=scale,
             causal=True,
             block_table=self.block_table,
-            fa_version=get_flash_attn_version(head_size=head_size),
+            fa_version=self.version,
         )
         if not in_place:
             output[self.tokens] = result

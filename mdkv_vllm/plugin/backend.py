@@ -207,7 +207,7 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("mixeddim: fused output quantisation is not supported")
         if attn_metadata is None:
-            return output
+            return output.fill_(0)
         runtime = current_runtime()
         layer_index = runtime.layer_of(kv_cache)
         if attn_metadata.prefill is not None:

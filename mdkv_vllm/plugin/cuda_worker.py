@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 
 import torch
+from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from mdkv_vllm.plugin.runtime import install_runtime
+from mdkv_vllm.plugin.runtime import Runtime, install_runtime
 from mdkv_vllm.plugin.worker import MixedDimWorker, policy_of
 
 # vLLM shows only what loggers below its own name say.
@@ -25,6 +26,7 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         our runtime holds is then seen by vLLM as held. What compressing the longest prompt takes
         for a moment may lie where a step's activations lie at other times.
         """
+        asked = self.cache_config.kv_cache_memory_bytes
         policy = policy_of(list(set(self.get_kv_cache_spec().values())))
         size = policy.geometry
         arena = torch.zeros(
@@ -35,22 +37,51 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         runtime = self._make_runtime(policy, arena)
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        runtime.rehearse(self.vllm_config.model_config.max_model_len - 1)
+        tokens = self._rehearse(runtime)
         passing = torch.cuda.max_memory_allocated() - held
+        windows = runtime.window_bytes
         torch.cuda.empty_cache()
         install_runtime(runtime)
         available = super().determine_available_memory()
         install_runtime(None)
         del runtime, arena
         gc.collect()
-        if self.cache_config.kv_cache_memory_bytes is not None:
+        if asked is not None:
             return available  # the user's own word on the cache
-        beyond = max(0, passing - self.peak_activation_memory)
+        beyond = max(0, passing - self._activations()) + windows
         logger.info(
             "mixeddim: compressing a prompt of %d tokens takes %.2f GiB for a moment, %.2f GiB of "
-            "it beyond what a step of the model takes, and left out of the cache",
-            self.vllm_config.model_config.max_model_len - 1,
+            "it (with window queries) beyond a step of the model, and left out of the cache",
+            tokens,
             passing / 2**30,
             beyond / 2**30,
         )
         return available - beyond
+
+    def _rehearse(self, runtime: Runtime) -> int:
+        """Rehearse the longest prompt that there is memory for; its length.
+
+        vLLM may yet shorten what the model allows, and says so itself where nothing fits.
+        """
+        tokens = self.vllm_config.model_config.max_model_len - 1
+        while True:
+            try:
+                runtime.rehearse(tokens)
+            except torch.OutOfMemoryError:
+                if tokens < runtime.policy.config.min_prompt_tokens:
+                    raise
+                tokens //= 2
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            else:
+                return tokens
+
+    def _activations(self) -> int:
+        """Bytes that a step takes for a moment, CUDA graphs (which stay) not among them.
+
+        None are known where vLLM takes the cache's size from a start-up plan it saved.
+        """
+        graphs = 0
+        if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS:
+            graphs = getattr(self, "cudagraph_memory_estimate", 0)
+        return max(0, getattr(self, "peak_activation_memory", 0) - graphs)

@@ -34,7 +34,7 @@ class Capture:
     """Window queries to keep for a compression.
 
     Attributes:
-        window: float32 ``[layers, query_heads, window, head_size]``, filled as layers run.
+        window: ``[layers, query_heads, window, head_size]``, filled as layers run.
         at: first window position to fill.
         start: first query token in the batch.
         count: how many.

@@ -88,4 +88,4 @@ class MixedDimPlatform(Platform):
         if cls._request_config is not None:
             from mdkv_vllm.plugin.requests import admit
 
-            admit(params, cls._request_config)
+            admit(params, cls._request_config, on_gpu=cls.device_type == "cuda")

@@ -8,8 +8,13 @@ from vllm.sampling_params import SamplingParams
 from mdkv_vllm.config import REQUEST_BUDGET, Budget, ConfigError, MixedDimConfig, request_budget
 
 
-def admit(params: object, config: MixedDimConfig) -> None:
+def admit(params: object, config: MixedDimConfig, on_gpu: bool = False) -> None:
     """Check a request's ``mixeddim_*`` fields.
+
+    Args:
+        params: the request's parameters.
+        config: the server's settings.
+        on_gpu: whether memory was set aside for compressing to the server's budget at most.
 
     Raises:
         VLLMValidationError: a field is unknown or out of range; vLLM answers HTTP 400 with
@@ -25,6 +30,13 @@ def admit(params: object, config: MixedDimConfig) -> None:
         raise VLLMValidationError(
             "compression is off on this server (mixeddim.enabled is false); allowed is "
             f"{REQUEST_BUDGET} 1.0, or none",
+            parameter="vllm_xargs",
+        )
+    if budget is not None and on_gpu and _takes_more_memory(budget, config.default_budget):
+        raise VLLMValidationError(
+            "this request's budget may keep more than the server's, for which alone memory was set "
+            "aside on the GPU; allowed are budgets up to the server's in the same unit, or "
+            f"{REQUEST_BUDGET} 1.0 for no compression",
             parameter="vllm_xargs",
         )
     if budget is not None and _may_exceed(budget, config.default_budget):
@@ -44,3 +56,19 @@ def _may_exceed(budget: Budget, default: Budget) -> bool:
     if budget.share is None or default.share is None or default.share == 1.0:
         return True
     return budget.share > default.share
+
+
+def _takes_more_memory(budget: Budget, default: Budget) -> bool:
+    """Whether compressing to a budget may take more memory than to the default.
+
+    A lease is made whole before it is written. Where the default keeps all there is none.
+    """
+    if budget.share == 1.0:
+        return False
+    if default.share == 1.0:
+        return True
+    if budget.tokens is not None and default.tokens is not None:
+        return budget.tokens > default.tokens
+    if budget.share is not None and default.share is not None:
+        return budget.share > default.share
+    return True

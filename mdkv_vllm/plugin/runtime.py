@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -249,7 +250,9 @@ class Runtime:
         if first >= last:
             return
         if prompt.window is None:
-            prompt.window = torch.zeros(self._window_shape, device=self.arena.device)
+            prompt.window = torch.zeros(
+                self._window_shape, dtype=self._window_dtype, device=self.arena.device
+            )
         at, token = first - (end - window), start + first - context
         if metadata.recent:
             self._from_recent.append(_RecentQuery(prompt, at, token))
@@ -285,7 +288,7 @@ class Runtime:
             prompt_tokens: the longest prompt to expect.
         """
         device = self.arena.device
-        layers, heads, window, head_size = self._window_shape
+        _, heads, _, head_size = self._window_shape
         queries = 1
         while queries <= self._limits.requests:
             nothing = torch.zeros(queries, dtype=torch.int32, device=device)
@@ -300,7 +303,7 @@ class Runtime:
             tokens = torch.randn(shape, dtype=self._compressed_from, device=device)
             self._compressor.compress(
                 lambda layer: (tokens[0], tokens[1]),
-                torch.randn(layers, heads, window, head_size, device=device),
+                torch.randn(self._window_shape, dtype=self._window_dtype, device=device),
                 plan,
             )
 
@@ -350,6 +353,18 @@ class Runtime:
         heads = self.policy.num_kv_heads
         view = self.arena[:, layer * heads : (layer + 1) * heads]
         return load_tokens(view, blocks, num_tokens, self._compressed_from)
+
+    @property
+    def _window_dtype(self) -> torch.dtype:
+        """Window queries are kept as computed where the kernels take them so."""
+        return self._recent.dtype if self.arena.device.type == "cuda" else torch.float32
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the windows of as many prompts as may end in one step."""
+        shortest = self.policy.config.min_prompt_tokens
+        prompts = min(self._limits.requests, self._limits.tokens // shortest + 1)
+        return prompts * math.prod(self._window_shape) * self._window_dtype.itemsize
 
     @property
     def _compressed_from(self) -> torch.dtype:

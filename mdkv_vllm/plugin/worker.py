@@ -112,6 +112,8 @@ class MixedDimWorker(Worker):
         self._runtime.start_counting(WorkerMetrics(policy, self._configuration, heads))
         return times
 
+    # As vLLM's own: what a step makes, the next one may write to.
+    @torch.inference_mode()
     def execute_model(
         self, scheduler_output: SchedulerOutput
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:

@@ -80,6 +80,15 @@ def xformers(monkeypatch):
 
 
 @pytest.fixture
+def tiled(monkeypatch):
+    """torch's attention a few rows at a time."""
+    from mdkv_vllm.plugin.prefill import sdpa as ours
+
+    monkeypatch.setattr(ours, "SCORE_ELEMENTS", 6 * 300 * 7)
+    return ours.SdpaPrefill()
+
+
+@pytest.fixture
 def prefill(request):
     if isinstance(request.param, str):
         return request.getfixturevalue(request.param)
@@ -96,7 +105,9 @@ def expected_attention(query, keys, values, context, scale):
     return torch.einsum("hgqt,thd->qhgd", weights, values).flatten(1, 2)
 
 
-@pytest.mark.parametrize("prefill", [CpuPrefill, SdpaPrefill, "flash", "xformers"], indirect=True)
+@pytest.mark.parametrize(
+    "prefill", [CpuPrefill, SdpaPrefill, "tiled", "flash", "xformers"], indirect=True
+)
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 @pytest.mark.parametrize(
     "chunks", [[(0, 2)], [(0, 300)], [(17, 40), (0, 5)], [(256, 129)], [(500, 3), (16, 16)]]

@@ -48,3 +48,24 @@ def test_no_budget_where_compression_is_off():
     with pytest.raises(VLLMValidationError, match=r"mixeddim\.enabled is false"):
         admitted(off, mixeddim_budget=0.3)
     assert not admitted(off, mixeddim_budget=1.0).skip_reading_prefix_cache
+
+
+@pytest.mark.parametrize(
+    ("default", "fields", "refused"),
+    [
+        ({"budget": 0.4}, {"mixeddim_budget": 0.4}, False),
+        ({"budget": 0.4}, {"mixeddim_budget": 0.5}, True),
+        ({"budget": 0.4}, {"mixeddim_budget": 1.0}, False),
+        ({"budget": 1.0}, {"mixeddim_budget": 0.3}, True),
+        ({"budget": 0.4}, {"mixeddim_budget_tokens": 10}, True),
+        ({"budget_tokens": 400}, {"mixeddim_budget_tokens": 400}, False),
+        ({"budget_tokens": 400}, {"mixeddim_budget_tokens": 401}, True),
+    ],
+)
+def test_gpus_hold_memory_for_the_servers_budget_alone(default, fields, refused):
+    params = SamplingParams(extra_args=fields)
+    if not refused:
+        admit(params, MixedDimConfig(**default), on_gpu=True)
+        return
+    with pytest.raises(VLLMValidationError, match=r"may keep more.*allowed are"):
+        admit(params, MixedDimConfig(**default), on_gpu=True)

@@ -144,6 +144,34 @@ def test_any_chunks_give_the_same_lease(whole, chunks, graph_tokens):
     assert torch.equal(worker.lease(), whole.lease())
 
 
+def test_the_workers_steps_end_prompts_in_inference_mode():
+    """vLLM's steps run in it; what they make can be written to nowhere else."""
+    from mdkv_vllm.plugin.worker import MixedDimWorker
+
+    inside = []
+
+    class Base:
+        def execute_model(self, scheduler_output):
+            inside.append(torch.is_inference_mode_enabled())
+
+    class Tested(MixedDimWorker, Base):
+        pass
+
+    tested, worker = Tested(), Worker(graph_tokens=8)
+    entered = worker.runtime.step
+
+    def step(*arguments):
+        inside.append(torch.is_inference_mode_enabled())
+        return entered(*arguments)
+
+    worker.runtime.step = step
+    tested._runtime = worker.runtime
+    tested.execute_model(
+        SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None, scheduled_new_reqs=[])
+    )
+    assert inside == [True, True]
+
+
 def test_batch_mates_change_nothing(whole):
     worker = Worker(8).prefill([299, 1], beside=("b", "c"))
     # The mates take the first rows of the table, so the prompt has other blocks with other tokens.
@@ -244,6 +272,12 @@ def test_rehearsal_runs_every_kernel_and_leaves_the_cache_alone():
         worker.runtime.rehearse(PROMPT)
     assert seen == [1, 2, 4, 8, worker.runtime.policy.plan(PROMPT, None)]
     assert torch.equal(worker.arena, before)
+
+
+def test_windows_of_all_prompts_that_may_end_at_once():
+    worker = Worker()
+    one = LAYERS * HEADS * GROUP * 16 * SIZE * 4
+    assert worker.runtime.window_bytes == 3 * one  # 512 tokens hold two prompts of 256, and an end
 
 
 def test_orders_of_both_runners():

@@ -131,11 +131,11 @@ def current_recorder() -> Recorder:
 
 
 def install_recorder(recorder: Recorder) -> None:
-    """Make a recorder this process's own, unless it has one of the same labels already.
+    """Make a recorder this process's own, unless it has one of the same labels and rank already.
 
     With one worker, scheduler and worker share a process and must share its files.
     """
     global _recorder
-    same = (_recorder.process_id, _recorder.labels) == (recorder.process_id, recorder.labels)
-    if not same:
+    identities = [(one.process_id, one.labels, one.rank) for one in (_recorder, recorder)]
+    if identities[0] != identities[1]:
         _recorder = recorder

@@ -12,6 +12,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.prefill import Chunk
 
+SCORE_ELEMENTS = 1 << 26
+"""Scores that torch may write out at a time, where it has no kernel that writes none."""
+
 
 class SdpaPrefill:
     """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`, one request after the other."""
@@ -44,16 +47,20 @@ class SdpaStep:
     ) -> None:
         """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
         for chunk in self.chunks:
-            rows = slice(chunk.start, chunk.stop)
             keys, values = load_tokens(
                 kv_cache, self.block_table[chunk.row], chunk.total, query.dtype
             )
-            result = scaled_dot_product_attention(
-                query[rows].transpose(0, 1).unsqueeze(0),
-                keys.unsqueeze(0),
-                values.unsqueeze(0),
-                attn_mask=causal_lower_right(chunk.tokens, chunk.total),
-                scale=scale,
-                enable_gqa=True,
-            )
-            output[rows] = result.squeeze(0).transpose(0, 1)
+            at_once = max(1, SCORE_ELEMENTS // (query.shape[1] * chunk.total))
+            for first in range(0, chunk.tokens, at_once):
+                count = min(at_once, chunk.tokens - first)
+                seen = chunk.context + first + count
+                rows = slice(chunk.start + first, chunk.start + first + count)
+                result = scaled_dot_product_attention(
+                    query[rows].transpose(0, 1).unsqueeze(0),
+                    keys[:, :seen].unsqueeze(0),
+                    values[:, :seen].unsqueeze(0),
+                    attn_mask=causal_lower_right(count, seen),
+                    scale=scale,
+                    enable_gqa=True,
+                )
+                output[rows] = result.squeeze(0).transpose(0, 1)

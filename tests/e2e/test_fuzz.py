@@ -5,6 +5,7 @@ import json
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
@@ -17,8 +18,19 @@ PROMPTS = {
     "/v1/completions": {"prompt": TEXT},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": TEXT}]},
 }
+IN_RANGE = st.one_of(
+    st.fixed_dictionaries({REQUEST_BUDGET: st.floats(0, 1, exclude_min=True)}),
+    st.fixed_dictionaries({REQUEST_BUDGET_TOKENS: st.integers(1, 5000)}),
+)
+"""Fields of requests that get past the checks: a third of the examples are sure to."""
 BUDGET = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
 BUDGET_TOKENS = {"type": "integer", "minimum": 1, "maximum": 5000}
+
+
+def with_fields(case, fields):
+    """A case whose fields of ours are replaced."""
+    case.body = case.body | {"vllm_xargs": fields}
+    return case
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +101,14 @@ def test_no_input_makes_a_server_error(server, description, path, method, expect
     cases = operation.as_strategy(generation_mode=GenerationMode.POSITIVE)
     if method == "post":
         cases |= operation.as_strategy(generation_mode=GenerationMode.NEGATIVE)
+        cases |= st.builds(
+            with_fields, operation.as_strategy(generation_mode=GenerationMode.POSITIVE), IN_RANGE
+        )
     seen = set()
 
-    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(case=cases)
     def call(case):
         response = case.call(base_url=server.url, timeout=60)

@@ -17,7 +17,7 @@ from mdkv_vllm.ops.decode import DecodeKernel
 from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, StepBuffers
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
-from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention
+from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention, on_device
 from mdkv_vllm.plugin.reports import CompressionRecord, Stopwatch, Totals
 from mdkv_vllm.plugin.rows import BatchOrder, Request
 from mdkv_vllm.policy import Policy
@@ -224,16 +224,16 @@ class Runtime:
             token_lengths += [0] * padding
         if tokens:
             contiguous = tokens[-1] - tokens[0] + 1 == len(tokens)
-            where = slice(tokens[0], tokens[-1] + 1) if contiguous else self._on_device(tokens)
+            where = (
+                slice(tokens[0], tokens[-1] + 1)
+                if contiguous
+                else (on_device(tokens, torch.int64, self.arena.device))
+            )
             loaded = self._buffers.load(token_rows, token_lengths, leases)
             metadata.decode = Decode(where, *loaded, batch.block_table_tensor)
         if chunks:
             metadata.prefill = self._prefill.prepare(chunks, batch.block_table_tensor)
         return metadata
-
-    def _on_device(self, tokens: list[int]) -> torch.Tensor:
-        host = torch.tensor(tokens, pin_memory=self.arena.device.type == "cuda")
-        return host.to(self.arena.device, non_blocking=True)
 
     def _note_prompt(
         self,

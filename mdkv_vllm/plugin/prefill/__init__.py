@@ -82,4 +82,10 @@ def tokens_of(chunks: Sequence[Chunk], device: torch.device) -> torch.Tensor | s
     if all(a.stop == b.start for a, b in pairwise(chunks)):
         return slice(chunks[0].start, chunks[-1].stop)
     tokens = [token for chunk in chunks for token in range(chunk.start, chunk.stop)]
-    return torch.tensor(tokens, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return on_device(tokens, torch.int64, device)
+
+
+def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Numbers of the host on a device, without waiting for it."""
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)

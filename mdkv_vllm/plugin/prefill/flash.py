@@ -11,7 +11,7 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from mdkv_vllm.plugin.prefill import Chunk, tokens_of
+from mdkv_vllm.plugin.prefill import Chunk, on_device, tokens_of
 
 
 class FlashPrefill:
@@ -28,17 +28,16 @@ class FlashPrefill:
         """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
         device = block_table.device
 
-        def on_device(numbers: Sequence[int]) -> torch.Tensor:
-            host = torch.tensor(numbers, dtype=torch.int32, pin_memory=device.type == "cuda")
-            return host.to(device, non_blocking=True)
+        def integers(numbers: Sequence[int]) -> torch.Tensor:
+            return on_device(numbers, torch.int32, device)
 
         return FlashStep(
             tokens=tokens_of(chunks, device),
-            query_starts=on_device([0, *accumulate(chunk.tokens for chunk in chunks)]),
-            lengths=on_device([chunk.total for chunk in chunks]),
+            query_starts=integers([0, *accumulate(chunk.tokens for chunk in chunks)]),
+            lengths=integers([chunk.total for chunk in chunks]),
             longest_query=max(chunk.tokens for chunk in chunks),
             longest=max(chunk.total for chunk in chunks),
-            block_table=block_table.index_select(0, on_device([chunk.row for chunk in chunks])),
+            block_table=block_table.index_select(0, integers([chunk.row for chunk in chunks])),
             version=self._version,
         )
 

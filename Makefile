@@ -54,9 +54,11 @@ bench:
 cuda:
 	scripts/build-cuda.sh $(ARCH)
 
-# On a machine with a GPU, torch and triton; nothing is installed. QUICK=1 takes a part of it.
+# On a machine with a GPU, torch and triton; nothing is installed. STAGE= check, decode, compress,
+# profile, sanitize or full.
+bench-gpu: STAGE := check
 bench-gpu:
-	python3 benchmarks/gpu/run.py --json results/gpu.json $(if $(QUICK),--quick)
+	python3 benchmarks/gpu/run.py --stage $(STAGE) --json results/gpu/$(STAGE).jsonl
 
 # The tables and plots of docs/quality.md, hours on two cores; QUICK=1 takes minutes. HAYSTACK=
 # names text to hide things in other than the text that the defaults were chosen on.

@@ -107,13 +107,7 @@ class Case:
             POISON,
             dtype=torch.uint8,
         )
-        lists = layout.list_pages(len(blocks))
-        capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
-        share = torch.rand(layout.table_shape[:3], generator=self.gen)
-        share[torch.rand(share.shape, generator=self.gen) < 0.15] = 0  # some empty lists
-        page_counts = (share / share.sum().clamp_min(1e-9) * lists * fill).floor()
-        last = torch.rand(share.shape, generator=self.gen)
-        tokens = ((page_counts - last).clamp_min(0) * capacity).ceil().long()
+        tokens = self.draw_tokens(len(blocks), fill)
         table = layout.page_table(tokens)
         raw = table.contiguous().view(torch.uint8).flatten()
         pages.view(-1)[: raw.numel()] = raw
@@ -131,6 +125,17 @@ class Case:
             pages[at : at + len(packed)] = packed
         shaped = pages.view(self.model.dtype).view(len(blocks), *self.arena.shape[1:])
         self.arena[blocks] = shaped
+
+    def draw_tokens(self, lease_blocks: int, fill: float) -> torch.Tensor:
+        """Tokens of each list of a lease: int64 ``[layers, kv_heads, formats]``."""
+        layout = self.layout
+        capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+        share = torch.rand(layout.table_shape[:3], generator=self.gen)
+        share[torch.rand(share.shape, generator=self.gen) < 0.15] = 0  # some empty lists
+        lists = layout.list_pages(lease_blocks)
+        page_counts = (share / share.sum().clamp_min(1e-9) * lists * fill).floor()
+        last = torch.rand(share.shape, generator=self.gen)
+        return ((page_counts - last).clamp_min(0) * capacity).ceil().long()
 
     def write_prompt_basis(self, pages: torch.Tensor) -> None:
         layout, model = self.layout, self.model

@@ -1,4 +1,4 @@
-"""The kernel's call on the inputs of a load, as it is timed."""
+"""The kernels under test, and their calls on the inputs of a load, as they are timed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from mdkv_vllm.ops import cuda
 from mdkv_vllm.triton_kernels import mixed_decode as triton
 from mdkv_vllm.triton_kernels.shapes import DecodeShape
 
+from . import plant
 from .inputs import Inputs
 
 Decode = Callable[..., None]
@@ -43,11 +44,19 @@ def _triton_workspace(
 
 TRITON = Kernel("Triton", triton.mixed_decode, triton.DecodeTables.build, _triton_workspace)
 CUDA = Kernel("CUDA", cuda.mixed_decode, cuda.DecodeTables.build, cuda.DecodeWorkspace.allocate)
+KERNELS = {kernel.name: kernel for kernel in (TRITON, CUDA)}
 
 
-def kernels() -> tuple[Kernel, ...]:
-    """Those that can run here."""
-    return (TRITON, CUDA) if cuda.available() else (TRITON,)
+def kernel_named(name: str) -> Kernel:
+    """A kernel for a job, with the fault that the rehearsal has planted in it, if any.
+
+    Raises:
+        CudaKernelError: it is CUDA, whose library is not there or is of another version.
+    """
+    kernel = KERNELS[name]
+    if kernel is CUDA:
+        cuda.library()
+    return Kernel(name, plant.around(kernel.decode), kernel.tables, kernel.workspace)
 
 
 def poison(workspace: object) -> None:
@@ -58,7 +67,7 @@ def poison(workspace: object) -> None:
 
 
 class Call:
-    """Attention of every set of requests in turn.
+    """Attention of every set of requests in turn, layer by layer where there are several.
 
     Args:
         inputs: the requests.
@@ -73,21 +82,27 @@ class Call:
         self.output = torch.empty_like(inputs.queries[0])
         self.scale = inputs.layout.geometry.head_size**-0.5
 
+    @property
+    def steps(self) -> int:
+        """Different inputs of :meth:`step`: every layer of every set."""
+        return self.inputs.sets * self.inputs.layout.num_layers
+
     def poison(self) -> None:
         """Fill what the next step has to write with NaN."""
         poison(self.workspace)
         self.output.fill_(torch.nan)
 
     def step(self, index: int) -> None:
-        """Attend with one set of requests."""
+        """Attend with one set of requests in one layer."""
         inputs = self.inputs
+        of, layer = divmod(index, inputs.layout.num_layers)
         self.kernel.decode(
-            inputs.queries[index],
+            inputs.queries[of],
             inputs.arena,
-            0,
+            layer,
             self.tables,
             inputs.block_table,
-            inputs.query_rows[index],
+            inputs.query_rows[of],
             inputs.lengths,
             inputs.leases,
             self.scale,

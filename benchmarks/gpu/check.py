@@ -1,18 +1,16 @@
-"""Every variant of the kernel on fresh random leases, against float64."""
+"""Variants of the decode kernels on fresh random leases, against float64."""
 
 from __future__ import annotations
 
-import math
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import leases
 import torch
 from leases import Model, Request
 
-from .call import CUDA, TRITON, Call, Kernel, kernels
+from .call import Call, Kernel
+from .device import device, no_synchronisation
 from .inputs import build
 from .loads import FULL, MODELS, Holding, Load
 from .reference import mixed_decode as float64_decode
@@ -23,27 +21,31 @@ DEFAULT = ("i4", "i8", "full")
 HEAD_SIZES = (64, 80, 96, 128, 256)
 GROUPS = (1, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
+SERVED = tuple(Model(DEFAULT, size, 4, query_dtype=torch.bfloat16) for size in (128, 64))
+"""What servers run unless told otherwise."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One variant's result, or a long context's.
+    """What a check found.
 
     Attributes:
         name: what was checked.
-        error: largest relative error of an output vector, over every call.
+        error: largest relative error of an output vector.
         lse_error: largest absolute error of a log-sum-exp.
         failures: what went wrong; empty where all is well.
+        how: the way in which kernels were called.
     """
 
     name: str
     error: float
     lse_error: float
     failures: tuple[str, ...]
+    how: str = "called"
 
 
-def variants(quick: bool) -> list[Model]:
-    """Models for which kernels are compiled and checked.
+def variants() -> list[Model]:
+    """Models for which kernels are compiled and checked, those that are served by default first.
 
     Every head size with every type, every group with both; then other ranks, a prompt's own
     basis, other block sizes, a float32 cache, and a group of more than a tile.
@@ -53,13 +55,12 @@ def variants(quick: bool) -> list[Model]:
         for i, size in enumerate(HEAD_SIZES)
         for j, dtype in enumerate(DTYPES)
     ]
-    if quick:
-        return sixteen_bit[::3]
-    plain = Model(DEFAULT, 128, 4, query_dtype=torch.bfloat16)
+    plain = SERVED[0]
     basis = Model(("r8", "r24", "r16i4", "full"), prompt_basis_rank=24, query_dtype=torch.bfloat16)
     return [
+        *SERVED,
         *sixteen_bit,
-        *(replace(plain, group=group) for group in GROUPS),
+        *(replace(plain, group=group) for group in GROUPS if group != plain.group),
         replace(plain, names=("r8", "r16", "r32", "r64"), group=8),
         replace(plain, names=("r4", "r4i2", "r8i4"), head_size=64),
         replace(plain, names=("full",), head_size=64, group=17),
@@ -94,27 +95,25 @@ def name_of(model: Model) -> str:
 
 
 def check_variant(
-    model: Model,
-    mix: Sequence[Request],
-    device: str,
-    seed: int,
-    kernel: Kernel = TRITON,
-) -> Outcome:
-    """Check one variant: called directly and, on a GPU, synchronisation-free and in a graph."""
+    model: Model, mix: Sequence[Request], seed: int, kernel: Kernel
+) -> Iterator[Outcome]:
+    """Check one variant: called directly and, where that can be, in a CUDA graph."""
     case = leases.Case(model, list(mix), seed)
     rows = [*range(len(mix)), 1, 1, NO_ROW]
     # Several queries of a row, of different lengths, and padding.
     lengths = [*case.totals, case.totals[1] - 33, 1, 0]
-    trial = Trial(case, len(rows), torch.device(device), kernel)
+    trial = Trial(case, len(rows), device().where, kernel)
     trial.load(rows, lengths)
     trial.launch()
-    found = [("called", trial.errors())]
-    if trial.device.type == "cuda":
-        found += _captured(trial, rows, lengths)
-    failures = [f"{how}: {wrong}" for how, errors in found for wrong in errors.wrong]
-    worst_errors = [(errors.output, errors.lse) for _, errors in found]
-    output, lse = (max(side) for side in zip(*worst_errors, strict=True))
-    return Outcome(f"{kernel.name} {name_of(model)}", output, lse, tuple(failures))
+    name = f"{kernel.name} {name_of(model)}"
+    yield _outcome(name, "called", trial.errors())
+    if device().captures:
+        for how, errors in _captured(trial, rows, lengths):
+            yield _outcome(name, how, errors)
+
+
+def _outcome(name: str, how: str, errors: Errors) -> Outcome:
+    return Outcome(name, errors.output, errors.lse, errors.wrong, how)
 
 
 def _captured(
@@ -122,23 +121,12 @@ def _captured(
 ) -> Iterator[tuple[str, Errors]]:
     """Call under torch's synchronisation check, then capture, and replay with other metadata."""
     trial.load(rows, lengths)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         trial.launch()
-        try:
-            trial.lengths[0].item()
-        except RuntimeError:
-            pass
-        else:
-            raise AssertionError("the synchronisation check finds none")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     yield "without synchronisation", trial.errors()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        trial.launch()
+    replay = device().captured(trial.launch)
     trial.load(rows, lengths)
-    graph.replay()
+    replay()
     yield "replayed", trial.errors()
     # Other rows, lengths, queries and blocks in the same buffers, among them a row twice.
     blocks = torch.randperm(len(trial.case.arena)).tolist()
@@ -146,13 +134,13 @@ def _captured(
         trial.case.swap_blocks(a, b)
     shorter = [max(1, n - 5) if row in (1, 4) else n for row, n in zip(rows, lengths, strict=True)]
     trial.load([*rows[::-1][1:], 2], [*shorter[::-1][1:], trial.case.totals[2]])
-    graph.replay()
+    replay()
     yield "replayed with other metadata", trial.errors()
 
 
 LONG = (
-    (Load(MODELS[0], 2, 131072), FULL),
     (Load(MODELS[0], 8, 32768), Holding("mixed", 0.25)),
+    (Load(MODELS[0], 2, 131072), FULL),
     (Load(MODELS[1], 1, 131072), Holding("mixed", 0.125)),
     (Load(MODELS[2], 64, 4096), Holding("int", 0.5)),
     (Load(MODELS[0], 256, 4096), Holding("rank", 0.125)),
@@ -162,11 +150,9 @@ LONG_SETS_BYTES = 5 << 30
 """Cache of a long context, so that addresses need more than 32 bits."""
 
 
-def check_long(
-    load: Load, holding: Holding, device: str, seed: int, kernel: Kernel = TRITON
-) -> Outcome:
+def check_long(load: Load, holding: Holding, seed: int, kernel: Kernel) -> Outcome:
     """Check the inputs that are timed, in a cache larger than the requests, at its end."""
-    where = torch.device(device)
+    where = device().where
     generator = torch.Generator(where).manual_seed(seed)
     sets = 1
     if where.type == "cuda":
@@ -174,15 +160,16 @@ def check_long(
     inputs = build(load, holding, sets, where, generator)
     call = Call(inputs, where, kernel)
     call.poison()
-    last = inputs.sets - 1
+    last = call.steps - 1
     call.step(last)
+    of, layer = divmod(last, load.layers)
     expected, _ = float64_decode(
-        inputs.queries[last],
+        inputs.queries[of],
         inputs.arena,
-        0,
+        layer,
         inputs.layout,
         inputs.block_table,
-        inputs.query_rows[last],
+        inputs.query_rows[of],
         inputs.lengths,
         inputs.leases,
         inputs.basis,
@@ -193,32 +180,3 @@ def check_long(
     limit = TOLERANCE[load.heads.dtype]
     wrong = () if error <= limit else (f"relative error {error:.1e}, over {limit:.0e}",)
     return Outcome(f"{kernel.name} {load.name}, {holding.name}", error, 0.0, wrong)
-
-
-def check_all(quick: bool, seed: int, workers: int) -> Iterator[Outcome]:
-    """Check everything on the GPU, several variants at once, since compiling takes longest.
-
-    Every check has a process of its own: one that breaks its CUDA context breaks no other.
-    """
-    context = multiprocessing.get_context("spawn")
-    # One thread each: there are as many processes as there is work for.
-    with ProcessPoolExecutor(
-        workers, context, torch.set_num_threads, (1,), max_tasks_per_child=1
-    ) as pool:
-        jobs: dict[str, Future[Outcome]] = {}
-        for kernel in kernels():
-            for number, model in enumerate(variants(quick)):
-                if kernel is CUDA and model.dtype == torch.float32:
-                    continue  # refused, see csrc/cuda/tables.cuh
-                jobs[f"{kernel.name} {name_of(model)}"] = pool.submit(
-                    check_variant, model, requests(model), "cuda", seed + number, kernel
-                )
-            for number, (load, holding) in enumerate(LONG[1:3] if quick else LONG):
-                jobs[f"{kernel.name} {load.name}, {holding.name}"] = pool.submit(
-                    check_long, load, holding, "cuda", seed + number, kernel
-                )
-        for name, job in jobs.items():
-            try:
-                yield job.result()
-            except Exception as error:  # whatever a kernel does must end in the report
-                yield Outcome(name, math.nan, math.nan, (f"{type(error).__name__}: {error}",))

@@ -28,14 +28,14 @@ class Inputs:
     compiles anew for a pointer of other alignment, as the middle of a tensor may have.
 
     Attributes:
-        layout: of a single layer.
-        arena: ``[blocks, kv_heads, block_size, 2 * head_size]``.
+        layout: of the load's layers.
+        arena: ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         block_table: int32 ``[sets * batch, blocks]``; -1 for freed blocks.
         leases: int32 ``[sets * batch, 2]``.
         lengths: int32 ``[batch]``, the same for every set.
         query_rows: per set int32 ``[batch]``.
         queries: per set ``[batch, q_heads, head_size]``.
-        tokens: int64 ``[kv_heads, formats]``, tokens of each list of every request.
+        tokens: int64 ``[kv_heads, formats]``, tokens of each list of every request and layer.
         tail_tokens: full tokens of every request.
         basis: calibrated basis, None where no format uses one.
         group: query heads per KV head.
@@ -59,8 +59,19 @@ class Inputs:
         return len(self.queries)
 
     @property
+    def pages(self) -> int:
+        """Pages that one call reads from, the last of a list and of the tail included."""
+        lists = sum(
+            fmt.pages(count)
+            for counts in self.tokens.tolist()
+            for fmt, count in zip(self.layout.formats.formats, counts, strict=True)
+        )
+        tail = -(-self.tail_tokens // self.layout.geometry.block_size) * self.layout.num_kv_heads
+        return len(self.lengths) * (lists + tail)
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values (with scales) of one set; none of a page's unused ones."""
+        """Bytes of one layer's keys and values (with scales) of a set; no unused ones of pages."""
         per_token = torch.tensor([token_bytes(f) for f in self.layout.formats.formats])
         lists = int((self.tokens * per_token).sum())
         slot = self.layout.geometry.page_bytes // self.layout.geometry.block_size
@@ -91,10 +102,10 @@ def token_bytes(fmt: PageFormat) -> int:
 def list_tokens(
     layout: LeaseLayout, shares: torch.Tensor, lease_blocks: int, span: int
 ) -> torch.Tensor:
-    """Tokens of each list so that a lease is as full as it gets.
+    """Tokens of each list so that a lease is as full as it gets; layers hold the same.
 
     Args:
-        layout: of a single layer.
+        layout: of the load's layers.
         shares: float64 ``[kv_heads, formats]``, tokens relative to each other.
         lease_blocks: blocks of the lease.
         span: tokens that there are; no head holds more.
@@ -112,7 +123,7 @@ def list_tokens(
     low, high = 0.0, span / float(shares.sum(1).min())
     for _ in range(50):
         middle = (low + high) / 2
-        fits = int((-(-scaled(middle) // capacity)).sum()) <= pages
+        fits = layout.num_layers * int((-(-scaled(middle) // capacity)).sum()) <= pages
         low, high = (middle, high) if fits else (low, middle)
     return scaled(low)
 
@@ -129,7 +140,7 @@ def build(
         device: where.
         generator: of that device.
     """
-    heads, layout = load.heads, layout_of(load.heads, holding)
+    heads, layout = load.heads, layout_of(load.heads, holding, load.layers)
     block_size, pages_per_block = layout.geometry.block_size, layout.pages_per_block
     terms = LeaseTerms(block_size, WINDOW, 1, holding.budget, layout.min_blocks)
     plan = plan_lease(load.tokens, terms)
@@ -175,7 +186,8 @@ def _random_basis(
     if not layout.formats.uses_basis:
         return None
     size, rank = layout.geometry.head_size, layout.formats.basis_rank
-    square = torch.empty(2, 1, layout.num_kv_heads, size, size, device=device)
+    shape = 2, layout.num_layers, layout.num_kv_heads, size, size
+    square = torch.empty(shape, device=device)
     keys, values = torch.linalg.qr(square.normal_(generator=generator))[0][..., :rank].unbind(0)
     return Basis(keys.contiguous(), values.contiguous())
 
@@ -194,12 +206,12 @@ def _write_lists(
     Args:
         arena: the cache.
         places: int64 ``[rows, lease pages]``, where each page of each lease is in the arena.
-        layout: of a single layer.
+        layout: of the load's layers.
         tokens: int64 ``[kv_heads, formats]``.
         generator: of the arena's device.
     """
     pages = arena.view(torch.uint8).view(-1, layout.geometry.page_bytes)
-    table = layout.page_table(tokens.unsqueeze(0))
+    table = layout.page_table(tokens.expand(layout.num_layers, -1, -1))
     used = torch.zeros(places.shape[1], dtype=torch.bool)
     used[: layout.table_pages] = True
     raw = torch.full((layout.table_pages, pages.shape[1]), POISON, dtype=torch.uint8)
@@ -207,7 +219,7 @@ def _write_lists(
     raw.view(-1)[: entries.numel()] = entries
     pages[places[:, : layout.table_pages]] = raw.to(pages.device)
     for column, fmt in enumerate(layout.formats.formats):
-        for count, first in table[0, :, column].tolist():
+        for count, first in table[:, :, column].flatten(0, 1).tolist():
             last = first + fmt.pages(count)
             used[first:last] = True
             if fmt.quantised:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,42 +157,61 @@ class Load:
         heads: the attention.
         batch: requests, one query each.
         tokens: context of each.
+        layers: in every block of the cache, side by side.
     """
 
     heads: Heads
     batch: int
     tokens: int
+    layers: int = 1
 
     @property
     def name(self) -> str:
         """In words."""
-        return f"{self.heads.name}, batch {self.batch} x {self.tokens}"
+        more = f", {self.layers} layers" if self.layers > 1 else ""
+        return f"{self.heads.name}, batch {self.batch} x {self.tokens}{more}"
 
     @property
     def full_bytes(self) -> int:
-        """Bytes of all keys and values at full dimension."""
+        """Bytes of one layer's keys and values at full dimension."""
         return self.batch * self.tokens * self.heads.token_bytes
 
 
-def layout_of(heads: Heads, holding: Holding) -> LeaseLayout:
-    """The lease layout of a single layer."""
+def layout_of(heads: Heads, holding: Holding, layers: int = 1) -> LeaseLayout:
+    """The lease layout of some layers."""
     geometry = PageGeometry(BLOCK_SIZE, heads.head_size, heads.dtype)
     formats = parse_formats(holding.formats(heads.head_size), geometry)
-    return LeaseLayout(geometry, formats, 1, heads.kv_heads)
+    return LeaseLayout(geometry, formats, layers, heads.kv_heads)
 
 
-def all_loads(quick: bool) -> Iterator[Load]:
-    """Loads in the order in which they are timed.
+LLAMA = MODELS[0]
+DECISIVE = tuple(Load(LLAMA, batch, tokens) for batch in (16, 64, 1) for tokens in (32768, 8192))
+"""What decides which kernel serves, in order of worth; Qwen3-8B has the same heads."""
+DECISIVE_HOLDINGS = (FULL, Holding("mixed", 0.25), Holding("mixed", 0.125))
 
-    Models take turns, so that a run that ends early has some of each.
+MANY_LAYERS = (
+    (Load(LLAMA, 14, 32768, layers=32), FULL),
+    (Load(LLAMA, 56, 32768, layers=32), Holding("mixed", 0.25)),
+)
+"""Caches beyond 50 GiB, of which a call reads one layer in 32: every page of virtual memory, a
+little of each."""
+
+EVERY_LOAD = tuple(
+    Load(heads, batch, tokens) for tokens in LENGTHS for batch in BATCHES for heads in MODELS
+)
+"""Models take turns, so that a run that ends early has some of each."""
+
+
+def parse_loads(names: Sequence[str]) -> tuple[Load, ...]:
+    """Loads of Llama-3.1-8B named as ``BATCHxTOKENS``, for instance ``16x32768``.
+
+    Raises:
+        ValueError: a name is not of that form.
     """
-    models = MODELS[:1] if quick else MODELS
-    for tokens in LENGTHS[:2] if quick else LENGTHS:
-        for batch in (1, 64) if quick else BATCHES:
-            for heads in models:
-                yield Load(heads, batch, tokens)
-
-
-def all_holdings(quick: bool) -> tuple[Holding, ...]:
-    """What each load is timed with, everything first."""
-    return tuple(h for h in HOLDINGS if not quick or h.budget in (1.0, 0.25))
+    loads = []
+    for name in names:
+        batch, _, tokens = name.partition("x")
+        if not (batch.isdecimal() and tokens.isdecimal() and int(batch) and int(tokens)):
+            raise ValueError(f"--loads {name!r}; allowed is BATCHxTOKENS, for instance 16x32768")
+        loads.append(Load(LLAMA, int(batch), int(tokens)))
+    return tuple(loads)

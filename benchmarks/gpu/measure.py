@@ -1,96 +1,78 @@
-"""Times every load: kernels for a full cache first, then ours with less and less of it."""
+"""Times loads: kernels for a full cache, and ours with less and less of it."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 
 import torch
 
-from .call import Call, kernels
+from .call import Call, kernel_named
+from .device import device
 from .inputs import build
+from .jobs import Row
 from .loads import Holding, Load
-from .report import Row
+from .report import Timed
 from .rivals import MAX_ERROR, RIVALS, FullCache, Step
-from .timing import DeviceCopy, Timing, compile_calls, free_memory, sets_for, time_calls
+from .timing import DeviceCopy, Timing, sets_for, time_calls
 
-MEMORY_SHARE = 0.8
+MEMORY_SHARE = 0.88
 """Of what is free, for one cache."""
 
 NOT_TIMED = Timing(math.nan, math.nan, False)
 
 
-def compile_all(loads: Sequence[Load], holdings: Sequence[Holding], workers: int) -> None:
-    """Compile everything that :func:`measure_all` times, in several processes."""
-    needed = {
-        (load.heads, holding.formats(load.heads.head_size)): holding
-        for load in loads
-        for holding in holdings
-    }
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        jobs = [pool.submit(compile_calls, heads, kept) for (heads, _), kept in needed.items()]
-        for job in jobs:
-            job.result()
-
-
-def measure_all(
-    loads: Sequence[Load],
-    holdings: Sequence[Holding],
-    generator: torch.Generator,
-    deadline: float,
-    skipped: list[str],
+def compile_kernels(
+    load: Load, holding: Holding, batches: Sequence[int], seed: int
 ) -> Iterator[Row]:
-    """Time every load.
-
-    Args:
-        loads: what to time, in this order.
-        holdings: what requests hold in turn.
-        generator: of the inputs, on the GPU.
-        deadline: when to stop, in seconds of ``time.monotonic``.
-        skipped: told which loads were not timed, and why.
-    """
-    copy = DeviceCopy()
-    for load in loads:
-        if time.monotonic() > deadline:
-            skipped.append(f"{load.name}: no time left")
-        elif load.full_bytes > MEMORY_SHARE * free_memory():
-            skipped.append(f"{load.name}: {load.full_bytes / 1e9:.0f} GB do not fit")
-        else:
-            rate = copy.bytes_per_second()
-            yield from _rivals(load, rate, generator)
-            for holding in holdings:
-                yield from _ours(load, holding, rate, generator)
+    """Compile what Triton needs for some batch sizes, into its cache on disk."""
+    kernel = kernel_named("Triton")
+    for batch in batches:
+        small = Load(load.heads, batch, min(load.tokens, 1024), load.layers)
+        inputs = build(small, holding, 1, device().where, _generator(seed))
+        Call(inputs, device().where, kernel).step(0)
+        device().synchronize()
+    yield {"kind": "compiled", "name": f"{load.heads.name}, {holding.name}"}
 
 
-def _ours(load: Load, holding: Holding, rate: float, generator: torch.Generator) -> Iterator[Row]:
-    """Both of ours on the same inputs."""
-    free_memory()
-    sets = sets_for(load.full_bytes * holding.budget)
-    inputs = build(load, holding, sets, generator.device, generator)
-    sizes = inputs.kv_bytes, inputs.moved_bytes
-    for kernel in kernels():
-        timing = time_calls(Call(inputs, generator.device, kernel).step, sets)
-        yield _row(load, kernel.name, holding.name, holding.budget, timing, sizes, rate)
+def time_ours(load: Load, holdings: Sequence[Holding], kernel: str, seed: int) -> Iterator[Row]:
+    """Time one of our kernels on a load with each holding, beside a copy measured just before."""
+    rate = DeviceCopy().bytes_per_second()
+    for holding in holdings:
+        needed = load.full_bytes * load.layers * holding.budget
+        if needed > MEMORY_SHARE * device().free_memory():
+            note = f"{needed / 1e9:.0f} GB do not fit"
+            yield _row(load, kernel, holding, NOT_TIMED, (0, 0), rate, note)
+            continue
+        sets = 1 if load.layers > 1 else sets_for(load.full_bytes * holding.budget)
+        inputs = build(load, holding, sets, device().where, _generator(seed))
+        sizes = inputs.kv_bytes, inputs.moved_bytes
+        call = Call(inputs, device().where, kernel_named(kernel))
+        yield _row(load, kernel, holding, time_calls(call.step, call.steps), sizes, rate)
+        del inputs, call
 
 
-def _rivals(load: Load, rate: float, generator: torch.Generator) -> Iterator[Row]:
-    free_memory()
+def time_full_caches(load: Load, names: Sequence[str], seed: int) -> Iterator[Row]:
+    """Time other people's kernels on a full cache; each has to be right before it is timed."""
+    rate = DeviceCopy().bytes_per_second()
     sets = sets_for(load.full_bytes)
-    cache = FullCache.random(load, sets, generator)
+    cache = FullCache.random(load, sets, _generator(seed))
     query = cache.queries[0]
     moved = load.full_bytes + 2 * query.numel() * query.element_size()
-    for name, prepare in RIVALS.items():
-        timing, note = _try(prepare, cache, sets)
-        sizes = load.full_bytes, moved
-        yield _row(load, name, "full", 1.0, timing, sizes, rate, note)
+    for name in names:
+        timing, note = time_rival(RIVALS[name], cache, sets)
+        yield _row(load, name, Holding("full"), timing, (load.full_bytes, moved), rate, note)
 
 
-def _try(prepare: Callable[[FullCache], Step], cache: FullCache, sets: int) -> tuple[Timing, str]:
-    """Time a kernel that may not be there, may not take these shapes, or may not be captured."""
+def time_rival(
+    prepare: Callable[[FullCache], Step], cache: FullCache, sets: int
+) -> tuple[Timing, str]:
+    """Time a kernel that may not be there, may not take these shapes, or may not be captured.
+
+    Returns:
+        Its time, and why there is none or what is special about it; empty where all is well.
+    """
     try:
         step = prepare(cache)
         error = cache.error(step(sets - 1), sets - 1)
@@ -109,23 +91,27 @@ def _try(prepare: Callable[[FullCache], Step], cache: FullCache, sets: int) -> t
             return NOT_TIMED, f"{type(also).__name__}: {also}"
 
 
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator(device().where).manual_seed(seed)
+
+
 def _row(
     load: Load,
     kernel: str,
-    holding: str,
-    budget: float,
+    holding: Holding,
     timing: Timing,
     sizes: tuple[int, int],
     rate: float,
     note: str = "",
 ) -> Row:
-    return Row(
+    timed = Timed(
         load.heads.name,
         load.batch,
         load.tokens,
+        load.layers,
         kernel,
-        holding,
-        budget,
+        holding.name,
+        holding.budget,
         timing.seconds * 1e6,
         timing.spread,
         timing.in_graph,
@@ -133,3 +119,4 @@ def _row(
         rate,
         note,
     )
+    return {"kind": "timing"} | asdict(timed) | timed.derived

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 COPY_SHARE = 0.80
@@ -15,15 +15,19 @@ QUARTER_TIMES = 0.30
 OURS = ("Triton", "CUDA")
 """Our kernels; all others are of full caches."""
 
+Key = tuple[str, int, int, int]
+"""A load: model, batch, tokens, layers."""
+
 
 @dataclass(frozen=True)
-class Row:
+class Timed:
     """One kernel's time for one load.
 
     Attributes:
         model: attention heads, by a model that has them.
         batch: queries.
         tokens: context of each.
+        layers: in every block of the cache; a call attends in one.
         kernel: one of :data:`OURS`, or a full cache's.
         holding: what requests hold, as ``Holding.name``.
         budget: share of the full bytes, 1 for a full cache.
@@ -39,6 +43,7 @@ class Row:
     model: str
     batch: int
     tokens: int
+    layers: int
     kernel: str
     holding: str
     budget: float
@@ -50,10 +55,15 @@ class Row:
     copy_rate: float
     note: str = ""
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Timed:
+        """From a job's row."""
+        return cls(**{part.name: row[part.name] for part in fields(cls)})
+
     @property
-    def load(self) -> tuple[str, int, int]:
+    def load(self) -> Key:
         """What was computed."""
-        return self.model, self.batch, self.tokens
+        return self.model, self.batch, self.tokens, self.layers
 
     @property
     def rate(self) -> float:
@@ -68,7 +78,8 @@ class Row:
     @property
     def line(self) -> str:
         """One line of a log."""
-        name = f"{self.model}, {self.batch} x {self.tokens}, {self.kernel}, {self.holding}"
+        layers = f", {self.layers} layers" if self.layers > 1 else ""
+        name = f"{self.model}, {self.batch} x {self.tokens}{layers}, {self.kernel}, {self.holding}"
         if math.isnan(self.microseconds):
             return f"{name}: {self.note[:100]}"
         return (
@@ -76,23 +87,15 @@ class Row:
             f"{self.rate / 1e9:.0f} GB/s, {self.copy_share:.0%} of copy"
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything, with what follows from it; null where there is no time."""
-        derived = {"gb_per_s": self.rate / 1e9, "share_of_copy": self.copy_share}
-        return plain(asdict(self) | derived)
+    @property
+    def derived(self) -> dict[str, float]:
+        """What follows from it."""
+        return {"gb_per_s": self.rate / 1e9, "share_of_copy": self.copy_share}
 
 
-def plain(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without NaN, which JSON does not know; None in its place."""
-    return {
-        name: None if isinstance(value, float) and math.isnan(value) else value
-        for name, value in record.items()
-    }
-
-
-def best_full(rows: Sequence[Row]) -> dict[tuple[str, int, int], Row]:
+def best_full(rows: Sequence[Timed]) -> dict[Key, Timed]:
     """The fastest full-cache kernel of each load."""
-    best: dict[tuple[str, int, int], Row] = {}
+    best: dict[Key, Timed] = {}
     for row in rows:
         if row.kernel not in OURS and not math.isnan(row.microseconds):
             other = best.get(row.load)
@@ -101,9 +104,9 @@ def best_full(rows: Sequence[Row]) -> dict[tuple[str, int, int], Row]:
     return best
 
 
-def faster(rows: Sequence[Row]) -> list[Row]:
+def faster(rows: Sequence[Timed]) -> list[Timed]:
     """Of our rows, the faster kernel's of every load and holding."""
-    best: dict[tuple[tuple[str, int, int], str], Row] = {}
+    best: dict[tuple[Key, str], Timed] = {}
     for row in rows:
         if row.kernel in OURS and not math.isnan(row.microseconds):
             other = best.setdefault((row.load, row.holding), row)
@@ -112,9 +115,9 @@ def faster(rows: Sequence[Row]) -> list[Row]:
     return list(best.values())
 
 
-def comparison(rows: Sequence[Row]) -> str:
+def comparison(rows: Sequence[Timed]) -> str:
     """How our kernels compare, where both were timed."""
-    times: dict[tuple[tuple[str, int, int], str], dict[str, float]] = {}
+    times: dict[tuple[Key, str], dict[str, float]] = {}
     for row in rows:
         if row.kernel in OURS and not math.isnan(row.microseconds):
             times.setdefault((row.load, row.holding), {})[row.kernel] = row.microseconds
@@ -128,7 +131,7 @@ def comparison(rows: Sequence[Row]) -> str:
     )
 
 
-def table(rows: Sequence[Row], kinds: Sequence[str], kernel: str) -> str:
+def table(rows: Sequence[Timed], kinds: Sequence[str], kernel: str) -> str:
     """A line per load: the best full cache, then one of ours.
 
     Ours are times over the best full cache's, and shares of the copy's rate.
@@ -143,7 +146,7 @@ def table(rows: Sequence[Row], kinds: Sequence[str], kernel: str) -> str:
     holdings = [name for name in dict.fromkeys(ours) if name.split()[0] in kinds]
     head = f"{'model':24} {'batch':>5} {'tokens':>7} {'best full cache':>26}"
     lines = [head + "".join(f" {name:>12}" for name in holdings)]
-    for load in dict.fromkeys(row.load for row in rows):
+    for load in dict.fromkeys(row.load for row in rows if row.layers == 1):
         rival = best.get(load)
         full = f"{rival.kernel} {rival.microseconds:.1f} us" if rival else "none"
         line = f"{load[0][:24]:24} {load[1]:5} {load[2]:7} {full:>26}"
@@ -152,7 +155,26 @@ def table(rows: Sequence[Row], kinds: Sequence[str], kernel: str) -> str:
     return "\n".join(lines)
 
 
-def _cell(row: Row | None, rival: Row | None) -> str:
+def translation(rows: Sequence[Timed]) -> list[str]:
+    """What a layer takes in a cache of many, over the same in a cache of one: a line each."""
+    alone = {
+        (row.model, row.batch, row.tokens, row.kernel, row.holding): row
+        for row in rows
+        if row.layers == 1
+    }
+    lines = []
+    for row in rows:
+        one = alone.get((row.model, row.batch, row.tokens, row.kernel, row.holding))
+        if row.layers > 1 and one is not None:
+            ratio = row.microseconds / one.microseconds
+            lines.append(
+                f"{row.kernel}, {row.holding}: a layer in a cache of {row.layers} layers takes "
+                f"{ratio:.2f} x its time in a cache of one ({one.microseconds:.1f} us)"
+            )
+    return lines
+
+
+def _cell(row: Timed | None, rival: Timed | None) -> str:
     if row is None or math.isnan(row.microseconds):
         return "-"
     times = f"{row.microseconds / rival.microseconds:.2f}x " if rival else ""
@@ -183,11 +205,11 @@ class Aim:
         return f"{self.text}: {self.reached} of {self.rows}; worst {self.worst}"
 
 
-def aims(rows: Sequence[Row]) -> list[Aim]:
+def aims(rows: Sequence[Timed]) -> list[Aim]:
     """Hold our rows, the faster kernel's, against what was aimed at."""
     best, ours = best_full(rows), faster(rows)
 
-    def times(row: Row) -> float:
+    def times(row: Timed) -> float:
         return row.microseconds / best[row.load].microseconds
 
     compared = [row for row in ours if row.load in best]
@@ -213,7 +235,7 @@ def aims(rows: Sequence[Row]) -> list[Aim]:
     ]
 
 
-def _aim(text: str, rows: Sequence[Row], value: Callable[[Row], float], most: float) -> Aim:
+def _aim(text: str, rows: Sequence[Timed], value: Callable[[Timed], float], most: float) -> Aim:
     worst = max(rows, key=value, default=None)
     told = ""
     if worst is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from .loads import BLOCK_SIZE, Load
 
 Step = Callable[[int], torch.Tensor]
 """Attends with one set of requests; ``[batch, q_heads, head_size]``, or with dimensions of 1."""
+FLASH_ATTENTION_3 = "FLASH_ATTENTION_3"
+"""Environment variable: vLLM's ``_vllm_fa3_C.abi3.so``."""
 WORKSPACE_BYTES = 128 << 20
 MAX_ERROR = 2e-2
 """Relative error of a kernel that is called as it is meant to be called."""
@@ -108,6 +111,46 @@ def flash_attention(cache: FullCache, module: str) -> Step:
     return step
 
 
+def vllm_flash_attention_3(cache: FullCache, paged: bool) -> Step:
+    """FlashAttention 3 as vLLM calls it to decode, from the extension module of its wheel.
+
+    Args:
+        cache: the requests.
+        paged: in pages of vLLM's block size, as vLLM has them; otherwise contiguous.
+
+    Raises:
+        ImportError: :data:`FLASH_ATTENTION_3` names no file.
+    """
+    path = os.environ.get(FLASH_ATTENTION_3)
+    if path is None or not os.path.exists(path):
+        raise ImportError(f"{FLASH_ATTENTION_3}={path}")
+    torch.ops.load_library(path)
+    ops, load, heads = torch.ops._vllm_fa3_C, cache.load, cache.load.heads
+    device, batch = cache.keys.device, load.batch
+    lengths = torch.full((batch,), load.tokens, dtype=torch.int32, device=device)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    table = torch.arange(batch * load.tokens // BLOCK_SIZE, dtype=torch.int32, device=device)
+    schedule = ops.get_scheduler_metadata(
+        batch, 1, load.tokens, heads.q_heads, heads.kv_heads, heads.head_size, heads.head_size,
+        heads.dtype, lengths, starts, None, None, None, None, BLOCK_SIZE if paged else None, 0,
+        True, -1, -1, False, 0, None, 0,
+    )  # fmt: skip
+    pages = (-1, BLOCK_SIZE, heads.kv_heads, heads.head_size)
+
+    def step(index: int) -> torch.Tensor:
+        keys, values = cache.keys[index], cache.values[index]
+        if paged:
+            keys, values = keys.view(pages), values.view(pages)
+        return ops.fwd(
+            cache.queries[index], keys, values, None, None, None, None, starts, None, None, None,
+            lengths, 1, load.tokens, table.view(batch, -1) if paged else None, None, None, None,
+            None, None, None, None, None, cache.scale, True, -1, -1, 0.0, True, schedule, 0, None,
+            0, None, 1, 0, None,
+        )[0]  # fmt: skip
+
+    return step
+
+
 def flashinfer(cache: FullCache) -> Step:
     """FlashInfer's kernel for pages, planned once: all sets have the same lengths."""
     module = importlib.import_module("flashinfer")
@@ -155,7 +198,10 @@ def xformers(cache: FullCache) -> Step:
     return step
 
 
+VLLM_KERNELS = ("FlashAttention 3, contiguous", "FlashAttention 3, paged")
 RIVALS: dict[str, Callable[[FullCache], Step]] = {
+    VLLM_KERNELS[0]: lambda cache: vllm_flash_attention_3(cache, paged=False),
+    VLLM_KERNELS[1]: lambda cache: vllm_flash_attention_3(cache, paged=True),
     "torch flash": lambda cache: torch_sdpa(cache, SDPBackend.FLASH_ATTENTION),
     "torch cuDNN": lambda cache: torch_sdpa(cache, SDPBackend.CUDNN_ATTENTION),
     "FlashAttention 2": lambda cache: flash_attention(cache, "flash_attn"),

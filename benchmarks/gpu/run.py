@@ -1,201 +1,157 @@
-"""Check, sanitise and time decoding and compression on a GPU, with torch and triton alone.
+"""Check, time and profile the GPU kernels, with torch and triton alone: one stage at a time.
 
-    python benchmarks/gpu/run.py --json results/gpu.json
+    python benchmarks/gpu/run.py --stage check --json results/check.jsonl
 
-Exit status 1 where a check failed, 2 where there is no GPU; missed aims are only told.
+Exit status 1 where something failed or was not done, 2 where there is no GPU; missed aims are told.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib
 import os
 import random
-import shutil
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HERE = Path(__file__).resolve().parents[1]
+# Instead of this file's folder, whose modules are parts of the package `gpu`.
+sys.path[0] = str(HERE)
 
-PARTS = ("check", "sanitize", "compress", "time")
+if TYPE_CHECKING:
+    from gpu.jobs import Ended
+    from gpu.stages import Stage
+
+STAGES = ("check", "decode", "compress", "profile", "sanitize", "full")
+SUMMARY_SECONDS = 5
+"""Of a stage's time, kept for its report."""
+OUTPUTS, OUTPUT_LINES = 6, 8
+"""Of jobs that did not end well, what is printed; the JSON has more."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the kit; its exit status."""
+    """Run a stage of the kit; its exit status."""
+    began = time.monotonic()
     options = _options(arguments)
-    missing = _missing()
-    if missing:
+    _prepare(options.rehearse)
+    if missing := _missing(options.rehearse):
         print(f"gpu/run.py: {missing}", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + 60 * options.minutes
-    seed = random.randrange(2**31) if options.seed is None else options.seed
-    results: dict[str, Any] = {"machine": machine(), "seed": seed, "quick": options.quick}
-    print(", ".join(f"{key} {value}" for key, value in results["machine"].items()), f"seed {seed}")
-    results["cuda_kernels"], failures = _build(options)
-    print(results["cuda_kernels"], flush=True)
-    for part in options.only:
-        started = time.monotonic()
-        if part == "check":
-            failures += _check(results, options)
-        elif part == "sanitize":
-            failures += _sanitize(results)
-        elif part == "compress":
-            failures += _compress(results)
-        else:
-            failures += _time(results, options, deadline)
-        results.setdefault("seconds", {})[part] = round(time.monotonic() - started, 1)
-        _write(results, options.json)
-    print(f"{failures} failures; seconds: {results['seconds']}")
-    return 1 if failures else 0
+    stage: Stage = importlib.import_module(f"gpu.stages.{options.stage}").STAGE
+    seconds = options.deadline or stage.seconds
+    return _run(stage, options, began + seconds - min(SUMMARY_SECONDS, seconds / 2))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="file for everything measured")
-    parser.add_argument("--quick", action="store_true", help="fewer variants, loads and budgets")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--minutes", type=float, default=7.5, help="no load is started later")
+    parser.add_argument("--stage", required=True, choices=STAGES)
+    parser.add_argument("--json", type=Path, help="file for every row as it comes, a line each")
+    parser.add_argument("--deadline", type=float, help="seconds in all; by default the stage's own")
+    parser.add_argument(
+        "--loads", nargs="+", default=[], help="stage decode: BATCHxTOKENS instead of the usual"
+    )
     parser.add_argument("--seed", type=int, help="of the inputs; drawn afresh otherwise")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
-    return parser.parse_args(arguments)
+    parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
+    parser.add_argument(
+        "--rehearse", action="store_true", help="on the CPU, to test the kit itself"
+    )
+    parser.add_argument(
+        "--plant", nargs="+", default=[], help="rehearsal: faults, as JOB=FAULT (see plant.py)"
+    )
+    options = parser.parse_args(arguments)
+    if options.plant and not options.rehearse:
+        parser.error("--plant is for --rehearse alone")
+    if options.seed is None:
+        options.seed = random.randrange(2**31)
+    return options
 
 
-def _missing() -> str:
+def _prepare(rehearse: bool) -> None:
+    """Set what jobs take from the environment when they import torch and triton."""
+    named = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), named] if named else [str(HERE)])
+    if rehearse:
+        os.environ |= {"TRITON_INTERPRET": "1", "MDKV_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _missing(rehearse: bool) -> str:
     """What the kit needs and does not find, or nothing."""
     try:
         import torch
         import triton  # noqa: F401
     except ImportError as error:
         return f"{error}; it needs torch and triton"
-    return "" if torch.cuda.is_available() else "torch sees no CUDA GPU here; nothing was run"
+    if rehearse or torch.cuda.is_available():
+        return ""
+    return "torch sees no CUDA GPU here; nothing was run"
 
 
-def machine() -> dict[str, Any]:
-    """The GPU and the versions of what runs on it."""
+def _run(stage: Stage, options: argparse.Namespace, deadline: float) -> int:
+    from gpu.device import device
+    from gpu.jobs import Ended, run_jobs
+    from gpu.loads import parse_loads
+    from gpu.record import Record
+    from gpu.stages import Options
+
+    try:
+        loads = parse_loads(options.loads)
+    except ValueError as error:
+        print(f"gpu/run.py: {error}", file=sys.stderr)
+        return 2
+    began = time.monotonic()
+    record = Record(options.json)
+    facts = _versions() | device().facts() | {"stage": options.stage, "seed": options.seed}
+    record.write(kind="machine", **facts)
+    print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    asked = Options(options.seed, options.workers, options.rehearse, loads=loads)
+    rows, ended = [], []
+    plants = dict(plant.split("=", 1) for plant in options.plant)
+    for event in run_jobs(stage.jobs(asked), options.workers, deadline, plants):
+        if isinstance(event, Ended):
+            ended.append(event)
+            record.write(
+                kind="ended", job=event.job.name, state=event.state, seconds=event.seconds,
+                output=event.output,
+            )  # fmt: skip
+            print(
+                f"[{time.monotonic() - began:5.0f} s] {event.job.name}: {event.state}", flush=True
+            )
+        else:
+            job, row = event
+            rows.append(row)
+            record.write(job=job.name, **row)
+    _report(stage.report(rows, ended), ended)
+    return 0 if all(end.ok for end in ended) else 1
+
+
+def _report(lines: Sequence[str], ended: Sequence[Ended]) -> None:
+    """What did not end well, with its output, then the lines that matter."""
+    bad = [end for end in ended if not end.ok]
+    for end in [end for end in bad if end.output][:OUTPUTS]:
+        print(
+            "\n".join([f"\n{end.job.name}: {end.state}", *end.output.splitlines()[-OUTPUT_LINES:]])
+        )
+    print()
+    print("\n".join(lines))
+    for end in bad:
+        print(f"NOT DONE {end.job.name}: {end.state}")
+    print(f"{len(ended) - len(bad)} of {len(ended)} jobs done", flush=True)
+
+
+def _versions() -> dict[str, str]:
+    import platform
+
     import torch
     import triton
 
-    properties = torch.cuda.get_device_properties(0)
-    driver = "unknown"
-    if tool := shutil.which("nvidia-smi"):
-        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        told = subprocess.run(query, capture_output=True, text=True).stdout.split()
-        driver = told[0] if told else driver
     return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "driver": driver,
     }
-
-
-def _build(options: argparse.Namespace) -> tuple[str, int]:
-    from gpu.build import build
-
-    return build(options.workers)
-
-
-def _check(results: dict[str, Any], options: argparse.Namespace) -> int:
-    from itertools import chain
-
-    from gpu.check import check_all
-    from gpu.compress_check import check_all_compression
-    from gpu.report import plain
-
-    outcomes = []
-    how = options.quick, results["seed"], options.workers
-    for outcome in chain(check_all(*how), check_all_compression(*how)):
-        outcomes.append(plain(vars(outcome)))
-        state = "; ".join(outcome.failures) or "ok"
-        print(f"check {outcome.name}: error {outcome.error:.1e}, {state}", flush=True)
-    results["checks"] = outcomes
-    return sum(bool(outcome["failures"]) for outcome in outcomes)
-
-
-def _sanitize(results: dict[str, Any]) -> int:
-    from gpu.sanitize import find_all
-
-    findings = find_all()
-    if findings is None:
-        print("compute-sanitizer is not installed; memory accesses were not checked")
-        results["sanitizer"] = None
-        return 0
-    for found in findings:
-        print(found.text, flush=True)
-        if found.failed:
-            print(found.message)
-    results["sanitizer"] = [vars(found) for found in findings]
-    return sum(found.failed for found in findings)
-
-
-def _compress(results: dict[str, Any]) -> int:
-    import torch
-
-    from gpu.compress_time import time_compression
-
-    results["compression"] = []
-    try:
-        generator = torch.Generator("cuda").manual_seed(results["seed"])
-        for timed in time_compression(generator):
-            results["compression"].append(timed.as_json())
-            print("\n".join(timed.lines), flush=True)
-    except Exception:  # the other parts are worth having
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def _time(results: dict[str, Any], options: argparse.Namespace, deadline: float) -> int:
-    import torch
-
-    from gpu.loads import all_holdings, all_loads
-    from gpu.measure import compile_all, measure_all
-    from gpu.report import OURS, Row, aims, comparison, table
-
-    rows: list[Row] = []
-    skipped: list[str] = []
-    failures = 0
-    try:
-        loads, holdings = list(all_loads(options.quick)), all_holdings(options.quick)
-        compile_all(loads, holdings, options.workers)
-        generator = torch.Generator("cuda").manual_seed(results["seed"])
-        for row in measure_all(loads, holdings, generator, deadline, skipped):
-            rows.append(row)
-            print(row.line, flush=True)
-    except Exception as error:  # what was timed before is worth reporting
-        traceback.print_exc()
-        skipped.append(f"everything after {type(error).__name__}: {error}")
-        failures = 1
-    reached = aims(rows)
-    results["rows"] = [row.as_json() for row in rows]
-    results["skipped"] = skipped
-    results["aims"] = [vars(aim) for aim in reached]
-    print("\n".join(f"skipped {what}" for what in skipped))
-    for kernel in OURS:
-        if any(row.kernel == kernel for row in rows):
-            print(f"{kernel}: time over the best full cache's, and share of the copy's rate")
-            for kinds in (("int", "rank"), ("full", "mixed")):
-                print(f"\n{table(rows, kinds, kernel)}")
-    rates = [row.copy_rate for row in rows]
-    if rates:
-        print(f"copy: {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GB/s, read plus written")
-    print(comparison(rows))
-    print("\n".join(aim.line for aim in reached))
-    return failures
-
-
-def _write(results: dict[str, Any], path: Path | None) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -100,21 +100,25 @@ class Trial:
             self.lse,
         )
 
-    def errors(self, layer: int = 1) -> Errors:
-        """Compare what the last launch wrote, and see that it wrote nothing else."""
-        case = self.case
-        expected, expected_lse = reference.mixed_decode(
+    def expected(self, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a launch should write: float64 outputs and log-sum-exps."""
+        return reference.mixed_decode(
             self.query,
             self.arena,
             layer,
-            case.layout,
+            self.case.layout,
             self.block_table,
             self.query_rows,
             self.lengths,
             self.leases,
-            case.calibrated,
+            self.case.calibrated,
             self.scale,
         )
+
+    def errors(self, layer: int = 1) -> Errors:
+        """Compare what the last launch wrote, and see that it wrote nothing else."""
+        case = self.case
+        expected, expected_lse = self.expected(layer)
         wrong = []
         if not torch.equal(self.arena.cpu().view(torch.uint8), case.arena.view(torch.uint8)):
             wrong.append("the cache was written to")

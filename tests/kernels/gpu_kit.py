@@ -5,6 +5,7 @@ as packages. The interpreter's process imports this module, and so has all of it
 """
 
 import importlib.util
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,9 @@ from unittest import mock
 import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+
+
+os.environ["MDKV_GPU_REHEARSAL"] = "1"  # its device is this machine's CPU
 
 
 def _load():
@@ -25,19 +29,23 @@ def _load():
 _load()
 
 from gpu import (  # noqa: E402
-    build,
     check,
     compress_check,
     compress_time,
     inputs,
+    jobs,
     loads,
+    locate,
     measure,
+    ncu,
+    record,
     reference,
     report,
     rivals,
     sanitize,
 )
 from gpu.call import CUDA, TRITON  # noqa: E402
+from gpu.stages import build  # noqa: E402
 
 __all__ = [
     "build",
@@ -45,8 +53,12 @@ __all__ = [
     "compress_check",
     "compress_time",
     "inputs",
+    "jobs",
     "loads",
+    "locate",
     "measure",
+    "ncu",
+    "record",
     "reference",
     "report",
     "rivals",
@@ -55,11 +67,16 @@ __all__ = [
 
 
 def check_variant(model, mix, seed, fault=None):
-    return check.check_variant(model, mix, "cpu", seed, _faulty(fault))
+    (outcome,) = check.check_variant(model, mix, seed, _faulty(fault))
+    return outcome
 
 
 def check_long(load, holding, seed, fault=None):
-    return check.check_long(load, holding, "cpu", seed, _faulty(fault))
+    return check.check_long(load, holding, seed, _faulty(fault))
+
+
+def locate_fault(model, name, seed, fault=None):
+    return locate.locate(model, name, seed, _faulty(fault))
 
 
 def check_cuda(model, mix, seed, shift=0):
@@ -70,8 +87,8 @@ def check_cuda(model, mix, seed, shift=0):
         longer = torch.where(lengths > 0, lengths + shift, lengths)
         CUDA.decode(*arguments[:6], longer, *arguments[7:])
 
-    kernel = replace(CUDA, decode=decode)
-    return check.check_variant(model, mix, "cpu", seed, kernel)
+    (outcome,) = check.check_variant(model, mix, seed, replace(CUDA, decode=decode))
+    return outcome
 
 
 def _faulty(fault):
@@ -95,6 +112,17 @@ def _last_token_missed(query, arena, layer, tables, block_table, rows, lengths, 
 def _cache_written(query, arena, *more):
     TRITON.decode(query, arena, *more)
     arena.view(torch.uint8).view(-1)[5] ^= 1
+
+
+def _wrong_from_eleven(query, arena, layer, tables, block_table, rows, lengths, leases, *more):
+    """Where a list (of every head and layer) has eleven tokens or more, in one dimension."""
+    TRITON.decode(query, arena, layer, tables, block_table, rows, lengths, leases, *more)
+    for index, row in enumerate(rows.tolist()):
+        first, tail = leases[row].tolist()
+        block = arena[block_table[row, first]].view(torch.uint8).flatten()
+        held = int(block[:4].view(torch.int32)) if tail else int(lengths[index])
+        if held >= 11:
+            more[1][index, 0, 7] += 1
 
 
 def _beside_written(*arguments):
@@ -123,6 +151,7 @@ FAULTS = {
     "beside written": _beside_written,
     "padding written": _padding_written,
     "lse off": _lse_off,
+    "wrong from eleven": _wrong_from_eleven,
 }
 
 

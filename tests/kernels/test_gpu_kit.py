@@ -2,10 +2,10 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import interpreter
 import leases
@@ -23,6 +23,8 @@ from gpu_kit import (
     compress_time,
     inputs,
     loads,
+    ncu,
+    record,
     reference,
     report,
     rivals,
@@ -205,21 +207,22 @@ def test_long_check(process, fault):
 
 
 def test_variants_cover_what_they_should():
-    models = check.variants(quick=False)
+    models = check.variants()
+    assert tuple(models[:2]) == check.SERVED
     every = [m for m in models if m.names == check.EVERY_FORMAT]
     pairs = {(m.head_size, m.dtype) for m in every}
     assert {(size, dtype) for size in check.HEAD_SIZES for dtype in check.DTYPES} <= pairs
     grouped = {(m.group, m.dtype) for m in every}
     assert {(group, dtype) for group in check.GROUPS for dtype in check.DTYPES} <= grouped
     assert len({check.name_of(m) for m in models}) == len(models)
-    assert {m.dtype for m in check.variants(quick=True)} == set(check.DTYPES)
 
 
-def row(kernel, microseconds, holding="full", budget=1.0, kv_bytes=100_000_000, batch=8):
-    return report.Row(
+def row(kernel, microseconds, holding="full", budget=1.0, kv_bytes=100_000_000, layers=1):
+    return report.Timed(
         "some model",
-        batch,
+        8,
         4096,
+        layers,
         kernel,
         holding,
         budget,
@@ -272,20 +275,26 @@ def test_report_of_both_kernels():
     assert report.comparison(ROWS).endswith("not both were timed")
 
 
-@pytest.mark.parametrize(
-    ("status", "message", "why_not", "text", "failed"),
-    [
-        (0, "", "", "CUDA kernels: built in 9 s", 0),
-        (0, "", "it is odd", "CUDA kernels: built, but it is odd", 1),
-        (1, "build-cuda: no nvcc found", "not built", "none, build-cuda: no nvcc found", 0),
-        (1, "attend.cu: error", "not built", "none, attend.cu: error", 1),
-        (1, "build-cuda: no nvcc found", "", "an earlier build is used", 0),
-    ],
-)
-def test_what_comes_of_a_build(status, message, why_not, text, failed):
-    told, failures = building.outcome(status, message, 9.0, why_not)
-    assert text in told
-    assert failures == failed
+def test_a_layer_among_many_is_compared():
+    rows = [*ROWS, row("Triton", 82.0, layers=32), row("CUDA", 9.0, layers=32)]
+    assert report.translation(rows) == [
+        "Triton, full: a layer in a cache of 32 layers takes 2.00 x its time in a cache of one "
+        "(41.0 us)"
+    ]
+    assert len(report.table(rows, ("full",), "Triton").splitlines()) == 2
+
+
+def test_a_build_is_current_until_a_source_changes(tmp_path):
+    library, sources = tmp_path / "library.so", tmp_path / "sources"
+    sources.mkdir()
+    (sources / "kernel.cu").touch()
+    assert not building.is_current(library, sources)
+    library.touch()
+    os.utime(sources / "kernel.cu", (1, 1))
+    assert building.is_current(library, sources)
+    (sources / "kernel.cu").touch()
+    os.utime(library, (2, 2))
+    assert not building.is_current(library, sources)
 
 
 def test_names_of_architectures():
@@ -301,10 +310,18 @@ def test_report_without_rivals():
     assert report.table([], ("full",), "Triton").startswith("model")
 
 
-def test_rows_are_json():
-    written = json.loads(json.dumps([r.as_json() for r in ROWS], allow_nan=False))
-    assert written[2]["microseconds"] is None
-    assert written[3]["gb_per_s"] == pytest.approx(1e8 / 41e-6 / 1e9)
+def test_rows_are_lines_of_json(tmp_path):
+    """On disk as soon as they are written."""
+    path = tmp_path / "new" / "rows.jsonl"
+    written = record.Record(path)
+    for timed in ROWS:
+        written.write(kind="timing", **asdict(timed), **timed.derived)
+    read = [json.loads(line) for line in path.read_text().splitlines()]
+    assert read[2]["microseconds"] is None
+    assert read[3]["gb_per_s"] == pytest.approx(1e8 / 41e-6 / 1e9)
+    assert [report.Timed.of(one) for one in read if one["microseconds"]] == [
+        timed for timed in ROWS if not math.isnan(timed.microseconds)
+    ]
 
 
 def full_cache():
@@ -322,22 +339,22 @@ def test_a_kernel_that_is_not_there_is_noted():
     def missing(_):
         raise ModuleNotFoundError("No module named 'that'")
 
-    timing, note = gpu_kit.measure._try(missing, full_cache(), 2)
+    timing, note = gpu_kit.measure.time_rival(missing, full_cache(), 2)
     assert math.isnan(timing.seconds)
     assert note == "not importable: No module named 'that'"
 
 
 def test_a_kernel_with_wrong_results_is_not_timed():
     cache = full_cache()
-    timing, note = gpu_kit.measure._try(lambda _: torch.zeros_like, cache, 2)
+    timing, note = gpu_kit.measure.time_rival(lambda _: torch.zeros_like, cache, 2)
     assert math.isnan(timing.seconds)
     assert note
-    timing, note = gpu_kit.measure._try(lambda c: lambda i: c.queries[i] * 0, cache, 2)
+    timing, note = gpu_kit.measure.time_rival(lambda c: lambda i: c.queries[i] * 0, cache, 2)
     assert note == "wrong result, relative error 1.0e+00"
 
 
-def test_loads_are_timed_one_by_one(monkeypatch):
-    """All but the clock: every kernel and holding gets a row, too large a load a reason."""
+def test_every_kernel_and_holding_gets_a_row(monkeypatch):
+    """All but the clock; too large a cache gets a reason."""
 
     class Copy:
         def bytes_per_second(self):
@@ -347,20 +364,57 @@ def test_loads_are_timed_one_by_one(monkeypatch):
         return gpu_kit.measure.Timing(1e-3, 0.0, in_graph)
 
     monkeypatch.setattr(gpu_kit.measure, "DeviceCopy", Copy)
-    monkeypatch.setattr(gpu_kit.measure, "free_memory", lambda: 1 << 30)
     monkeypatch.setattr(gpu_kit.measure, "sets_for", lambda call_bytes: 2)
     monkeypatch.setattr(gpu_kit.measure, "time_calls", timed)
-    todo, skipped = [LOAD, loads.Load(HEADS, 10_000, 500)], []
-    generator, deadline = torch.Generator().manual_seed(0), time.monotonic() + 600
-    rows = list(gpu_kit.measure.measure_all(todo, HOLDINGS, generator, deadline, skipped))
-    assert [r.kernel for r in rows] == [*rivals.RIVALS, *["Triton"] * len(HOLDINGS)]
-    assert [r.holding for r in rows[len(rivals.RIVALS) :]] == [h.name for h in HOLDINGS]
-    full = next(r for r in rows if r.kernel == "Triton")
-    assert full.kv_bytes == LOAD.full_bytes == rows[0].kv_bytes
-    assert skipped == ["tiny, batch 10000 x 500: 3 GB do not fit"]
-    assert all(r.note for r in rows if math.isnan(r.microseconds))
-    assert list(gpu_kit.measure.measure_all(todo, HOLDINGS, generator, 0.0, skipped)) == []
-    assert skipped[-1].endswith("no time left")
+    full = list(gpu_kit.measure.time_full_caches(LOAD, list(rivals.RIVALS), 0))
+    assert [r["kernel"] for r in full] == list(rivals.RIVALS)
+    assert all(r["note"] for r in full if math.isnan(r["microseconds"]))
+    ours = list(gpu_kit.measure.time_ours(LOAD, HOLDINGS, "Triton", 0))
+    assert [r["holding"] for r in ours] == [h.name for h in HOLDINGS]
+    assert ours[0]["kv_bytes"] == LOAD.full_bytes == full[0]["kv_bytes"]
+    large = loads.Load(HEADS, 10_000, 500)
+    (row,) = gpu_kit.measure.time_ours(large, [loads.FULL], "Triton", 0)
+    assert row["note"] == "3 GB do not fit"
+    assert math.isnan(row["microseconds"])
+
+
+def test_layers_of_a_block_hold_the_same():
+    """Each call reads its own layer, of as many bytes as a layer by itself."""
+    many = replace(LOAD, layers=3)
+    made, alone = build(loads.Holding("mixed", 0.5), many), build(loads.Holding("mixed", 0.5))
+    assert made.arena.shape[1] == 3 * alone.arena.shape[1]
+    assert made.kv_bytes == pytest.approx(alone.kv_bytes, rel=0.1)
+    for layer in range(3):
+        arguments = (
+            made.arena, layer, made.layout, made.block_table, made.query_rows[1], made.lengths,
+            made.leases, made.basis, 0.125,
+        )  # fmt: skip
+        got = reference.mixed_decode(made.queries[1], *arguments)
+        expected = specification.mixed_decode(made.queries[1], *arguments)
+        torch.testing.assert_close(got, expected)
+        assert got[0].isfinite().all()
+
+
+def test_loads_are_named():
+    assert loads.parse_loads(["16x32768"]) == (loads.Load(loads.LLAMA, 16, 32768),)
+    for name in ("16", "x5", "0x5", "16x", "-1x4"):
+        with pytest.raises(ValueError, match="--loads"):
+            loads.parse_loads([name])
+
+
+ONE_FORMAT = Model(("i8",), 64, 1, kv_heads=1, query_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["i8", "tail"])
+def test_the_first_wrong_token_is_located(process, name):
+    model = replace(ONE_FORMAT, block_size=8)
+    right = process.submit(gpu_kit.locate_fault, model, name, 5).result()
+    assert right.tokens == 0
+    assert "alone: right with 1 to " in right.text
+    found = process.submit(gpu_kit.locate_fault, model, name, 5, "wrong from eleven").result()
+    assert found.tokens == 11
+    page = model.layout().formats.formats[0].tokens_per_page if name == "i8" else 8
+    assert f"page {10 // page}, slot {10 % page}), head 0, dimensions 7 to 7 (1)" in found.text
 
 
 TINY = compress_check.Case(
@@ -435,8 +489,6 @@ def test_compression_is_timed(process):
         (False, 1, "AssertionError\n========= ERROR SUMMARY: 0 errors", 1, True),
         (True, 1, "========= ERROR SUMMARY: 7 errors", 7, False),
         (True, 0, "========= ERROR SUMMARY: 0 errors", 0, True),
-        (False, 1, "Device not supported\n========= ERROR SUMMARY: 1 error", None, False),
-        (False, -1, "not done after 150 s", None, False),
     ],
 )
 def test_what_the_sanitizer_says(planted, status, text, errors, failed):
@@ -446,10 +498,47 @@ def test_what_the_sanitizer_says(planted, status, text, errors, failed):
     assert ("FAILED" in found.text) == failed
 
 
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (1, "Device not supported\n========= ERROR SUMMARY: 1 error"),
+        (-9, "killed in the middle"),
+        (0, ""),
+    ],
+)
+def test_a_sanitizer_that_does_not_run_is_no_success(status, text):
+    with pytest.raises(sanitize.NoSanitizerError, match="did not run to its end"):
+        sanitize.finding("CUDA", "memcheck", False, (status, text))
+
+
+NCU_OUTPUT = (
+    "==PROF== Connected\nwhatever the program printed\n"
+    '"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum",'
+    '"smsp__inst_executed.sum","sm__cycles_active.min","sm__cycles_active.avg",'
+    '"sm__cycles_active.max",'
+    '"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"\n'
+    '"","","usecond","Mbyte","inst","cycle","cycle","cycle","inst"\n'
+    '"0","attend_share<128>(DecodeArgs)","100","300","1,600,000","50","90","100","2.5"\n'
+)
+
+
+def test_what_ncu_says():
+    (launch,) = ncu.parse(NCU_OUTPUT)
+    assert launch["name"] == "attend_share"
+    assert launch[ncu.TIME] == 1e5
+    assert launch[ncu.INSTRUCTIONS] == 1.6e6
+    lines = ncu.in_words("CUDA", launch, 1000)
+    assert "100.0 us, 300.0 MB read (3000 GB/s)" in lines[0]
+    assert lines[1] == "  1600 warp instructions a page, 1000 pages"
+    assert "busy 50% to 100 % of the longest, mean 90%" in lines[2]
+    assert lines[3].endswith("long_scoreboard 2.50")
+    assert ncu.parse("==ERROR== no permission") == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_that_there_is_no_gpu(tmp_path):
     """Also that a checkout is enough, seen from elsewhere."""
-    command = [sys.executable, gpu_kit.FOLDER / "run.py", "--json", "there.json"]
+    command = [sys.executable, gpu_kit.FOLDER / "run.py", "--stage", "check", "--json", "there"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "gpu/run.py: torch sees no CUDA GPU here; nothing was run\n"

@@ -1,4 +1,4 @@
-"""The slow parts of compression as one object, so that faster ones can be put in their place."""
+"""The slow parts of compression as objects, so that faster ones can be put in their place."""
 
 from __future__ import annotations
 
@@ -8,26 +8,79 @@ from typing import Protocol
 import torch
 
 from mdkv_vllm.core.allocate import Allocation, allocate, allocate_layers
+from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import CODE_ZERO, FormatSet, PageGeometry
+from mdkv_vllm.core.layers import LayerGroup
 from mdkv_vllm.core.loss import Candidate, loss_sums, window_logits
 from mdkv_vllm.core.packing import pack_list
+from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.core.quantise import dequantise, quantise
 
 SCORE_ELEMENTS = 1 << 24
 """Most elements of one score matrix of the reference (64 MiB); more heads are taken in turns."""
 
 
-class CompressionKernels(Protocol):
-    """What compression spends its time on; :class:`ReferenceKernels` is the specification.
+class LayersToCompress(Protocol):
+    """Some layers of one prompt."""
 
-    Tensors are on one device. Those said to be float32 may be of another float type where an
-    implementation says so.
-    """
+    def losses(self) -> Sequence[torch.Tensor]:
+        """Loss of every token at every option.
+
+        Returns:
+            Per layer, float32 ``[options, kv_heads, span]``; options in the order of
+            ``formats.names``.
+        """
+        ...
+
+    def pack(
+        self, chosen: Sequence[Allocation], pages: torch.Tensor, first_page: torch.Tensor
+    ) -> torch.Tensor:
+        """Write the layers' lists one after the other, by layer, head and format.
+
+        Args:
+            chosen: each layer's formats.
+            pages: uint8 ``[pages, page_bytes]``, contiguous; zero where nothing was written.
+            first_page: the first page of the first list, int64 of one element.
+
+        Returns:
+            The first page behind the lists, likewise.
+        """
+        ...
+
+
+class CompressionKernels(Protocol):
+    """What compression spends its time on."""
 
     @property
     def layers_at_once(self) -> int:
-        """Layers whose formats are best chosen in one call of :meth:`allocate`."""
+        """Layers whose losses, formats and pages are best made together."""
         ...
+
+    def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayersToCompress:
+        """Some layers of a prompt, with their part of its basis."""
+        ...
+
+    def allocate(
+        self,
+        losses: Sequence[torch.Tensor],
+        formats: FormatSet,
+        budgets: Sequence[Sequence[int]],
+    ) -> list[Allocation]:
+        """Choose formats for some layers; see :func:`mdkv_vllm.core.allocate.allocate_layers`.
+
+        Args:
+            losses: per layer, float32 ``[options, kv_heads, span]``.
+            formats: the formats allowed.
+            budgets: per layer, the pages of each part of its heads.
+        """
+        ...
+
+
+class LayerKernels(Protocol):
+    """Kernels for one layer, of which :class:`mdkv_vllm.core.layers.LayerGroup` compresses many.
+
+    :class:`ReferenceKernels` is the specification. Tensors are on one device.
+    """
 
     def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
         """Multiply by a matrix per head.
@@ -81,21 +134,6 @@ class CompressionKernels(Protocol):
         """
         ...
 
-    def allocate(
-        self,
-        losses: Sequence[torch.Tensor],
-        formats: FormatSet,
-        budgets: Sequence[Sequence[int]],
-    ) -> list[Allocation]:
-        """Choose formats for some layers; see :func:`mdkv_vllm.core.allocate.allocate_layers`.
-
-        Args:
-            losses: per layer, float32 ``[options, kv_heads, span]``.
-            formats: the formats allowed.
-            budgets: per layer, the pages of each part of its heads.
-        """
-        ...
-
     def pack(
         self,
         vectors: Sequence[tuple[torch.Tensor, torch.Tensor]],
@@ -121,18 +159,22 @@ class CompressionKernels(Protocol):
 
 
 class ReferenceKernels:
-    """Plain torch, on any device."""
+    """:class:`LayerKernels` and :class:`CompressionKernels` in plain torch, on any device."""
 
     layers_at_once = 1
 
-    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+    def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayersToCompress:
         """See :class:`CompressionKernels`."""
+        return LayerGroup(self, prompt, layers, bases)
+
+    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+        """See :class:`LayerKernels`."""
         return torch.bmm(vectors, encoder)
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`CompressionKernels`."""
+        """See :class:`LayerKernels`."""
         read = [dequantise(*quantise(x, bits), CODE_ZERO[bits]) for x in (keys, values)]
         return read[0], (values - read[1]).square().sum(-1)
 
@@ -145,7 +187,7 @@ class ReferenceKernels:
         scale: float,
         variant: str,
     ) -> torch.Tensor:
-        """See :class:`CompressionKernels`."""
+        """See :class:`LayerKernels`."""
         heads, window, group, _ = queries.shape
         turn = max(1, SCORE_ELEMENTS // (window * group * keys.shape[1]))
         parts = []
@@ -174,7 +216,7 @@ class ReferenceKernels:
         pages: torch.Tensor,
         first_page: torch.Tensor,
     ) -> None:
-        """See :class:`CompressionKernels`."""
+        """See :class:`LayerKernels`."""
         first = int(first_page)
         for head, chosen in enumerate(choice):
             for index, fmt in enumerate(formats.formats):

@@ -7,28 +7,35 @@ from collections.abc import Sequence
 import torch
 
 from mdkv_vllm.core.allocate import Allocation, allocate_layers
+from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.kernels import CompressionKernels
+from mdkv_vllm.core.layers import LayerGroup
 from mdkv_vllm.core.loss import Candidate
+from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.ops.cpu import format_table  # its import also registers the operators
 
 
 class CpuKernels:
-    """:class:`mdkv_vllm.core.kernels.CompressionKernels` in C++.
+    """:class:`mdkv_vllm.core.kernels.LayerKernels` and ``CompressionKernels`` in C++.
 
     The result does not depend on the number of threads.
     """
 
     layers_at_once = 1
 
-    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+    def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayerGroup:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        return LayerGroup(self, prompt, layers, bases)
+
+    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
         return torch.bmm(vectors, encoder)
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
         return torch.ops.mdkv.round_trip(keys, values, bits)
 
     def loss_sums(
@@ -40,7 +47,7 @@ class CpuKernels:
         scale: float,
         variant: str,
     ) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`; writes out no score matrix."""
+        """See :class:`mdkv_vllm.core.kernels.LayerKernels`; writes out no score matrix."""
         return torch.ops.mdkv.loss_sums(
             queries.flatten(1, 2),
             keys,
@@ -78,7 +85,7 @@ class CpuKernels:
         pages: torch.Tensor,
         first_page: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
+        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
         torch.ops.mdkv.pack_layer(
             [keys for keys, _ in vectors],
             [values for _, values in vectors],

@@ -61,7 +61,11 @@ def allocate(
     Raises:
         ValueError: nothing may be dropped and the cheapest format does not fit.
     """
-    together = torch.stack([layer.float() for layer in losses])
+    together = (
+        losses
+        if isinstance(losses, torch.Tensor)
+        else torch.stack([layer.float() for layer in losses])
+    )
     pages = [budget for pools in budgets for budget in pools]
     pools = _Pools(together, formats, pages)
     price, wanted, bound = pools.lagrangian()
@@ -69,7 +73,7 @@ def allocate(
     option = pools.assign(price, room).view(len(losses), *losses[0].shape[1:])
     objective = together.gather(1, option.long().unsqueeze(1)).sum((1, 2, 3), dtype=torch.float64)
     tokens = torch.stack([(option == i).sum(-1) for i in range(formats.drop, pools.options)], -1)
-    choice = option.long() - int(formats.drop)
+    choice = option - int(formats.drop)
     bounds = bound.view(len(losses), -1).sum(1)
     return [Allocation(*layer) for layer in zip(choice, tokens, objective, bounds, strict=True)]
 

@@ -1,53 +1,77 @@
-"""Compression with the GPU kernels. Nothing here waits for the device."""
+"""Compression with the GPU kernels: many layers at once, read where they are in the paged cache.
+
+The layers of a group are a dimension of every grid, and no copy of keys or values is made. Nothing
+here waits for the device, and every shape follows from the prompt's length, so that a CUDA graph
+could hold it. Memory per token, head and layer: what the window makes of it (4 bytes for its mass,
+its value's norm, and two numbers per reduced format), its losses (4 per option), what
+:mod:`.allocate` needs, and 4 per format for the order of tokens.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
+import triton
 
 from mdkv_vllm.core.allocate import Allocation
+from mdkv_vllm.core.basis import Basis, hadamard
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
-from mdkv_vllm.core.loss import Candidate
+from mdkv_vllm.core.prompt import PagedTokens, Prompt
 
 from .allocate import allocate
-from .pack import pack
-from .project import project
-from .quantise import round_trip
-from .window_scores import loss_sums
+from .loss_kernel import finish_losses
+from .pack import PackShape, pack_list_page
+from .place import first_pages, order_tokens
+from .prompt_shape import PromptShape
+from .shapes import padded
+from .window_kernels import LOG2_E, merge_log_sums, query_log_sums, token_sums, value_errors
+
+SHARE = 512
+"""Tokens of a program: even a prompt of 4K at 8 heads fills 64 programs a layer."""
+MAX_TILE_QUERIES = 32
+LOSS_TOKENS = 256
+NUM_WARPS = 8
+OPTIONS = {"num_warps": NUM_WARPS, "num_stages": 1}
+"""Pages are loaded one tile ahead within a product; a program has no room for more."""
+
+
+def tile_tokens(geometry: PageGeometry) -> int:
+    """Tokens of a tile of scores, by what registers hold."""
+    return 64 if padded(geometry.head_size) <= 128 and geometry.dtype.itemsize == 2 else 16
+
+
+@cache
+def signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The Hadamard matrix without its norm, of 0, 1 and -1, in a type; a device gets it once."""
+    return hadamard(size).sign().to(dtype).to(device)
+
+
+@cache
+def _capacities(formats: FormatSet, device: torch.device) -> torch.Tensor:
+    return torch.tensor([f.tokens_per_page for f in formats.formats]).to(device)
+
+
+Queries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""By KV head: ``[heads, window * group, dims]`` as they are; float32 ``[heads, window * group,
+rotated_width]`` in the formats' spaces; and these as two float16, ``[heads, 2, ...]``."""
 
 
 class TritonKernels:
     """:class:`mdkv_vllm.core.kernels.CompressionKernels` in Triton.
 
-    Tensors are on the device, of any float type. The objective and the bound of an
-    allocation are tensors of one element there.
+    A prompt's tokens have to be :class:`mdkv_vllm.core.prompt.PagedTokens`. The objective and the
+    bound of an allocation are tensors of one element on the device, its choices int8.
     """
 
     layers_at_once = 64
-    """All of most models': their losses take less memory than one layer of their prompt."""
+    """All of most models'."""
+    reads_pages = True
 
-    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
+    def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> PagedGroup:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        return project(vectors, encoder)
-
-    def round_trip(
-        self, keys: torch.Tensor, values: torch.Tensor, bits: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        return round_trip(keys, values, bits)
-
-    def loss_sums(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        candidates: Sequence[Candidate],
-        span: int,
-        scale: float,
-        variant: str,
-    ) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`; writes out no score matrix."""
-        return loss_sums(queries, keys, candidates, span, scale, variant)
+        return PagedGroup(prompt, layers, bases)
 
     def allocate(
         self,
@@ -58,14 +82,134 @@ class TritonKernels:
         """See :func:`mdkv_vllm.triton_kernels.allocate.allocate`, near the reference's optimum."""
         return allocate(losses, formats, budgets)
 
+
+class PagedGroup:
+    """:class:`mdkv_vllm.core.kernels.LayersToCompress` of a prompt in the paged cache.
+
+    Args:
+        prompt: the prompt.
+        layers: the group.
+        bases: of these layers, where a format uses one.
+    """
+
+    def __init__(self, prompt: Prompt, layers: range, bases: Basis | None) -> None:
+        tokens, layout = prompt.load, prompt.layout
+        assert isinstance(tokens, PagedTokens), "GPU kernels read the paged cache"
+        self._prompt, self._layers, self._tokens = prompt, layers, tokens
+        heads, device = layout.num_kv_heads, tokens.arena.device
+        group = prompt.queries.shape[1] // heads
+        rank = 0 if bases is None else bases.rank
+        self._shape = PromptShape(layout, group, prompt.queries.dtype, prompt.loss, rank)
+        self._matrix = signs(layout.geometry.head_size, layout.geometry.dtype, device)
+        nothing = self._matrix
+        self._bases = (nothing, nothing) if bases is None else (bases.keys, bases.values)
+        self._heads = len(layers) * heads
+
+    def losses(self) -> torch.Tensor:
+        """See :class:`mdkv_vllm.core.kernels.LayersToCompress`; all layers in one tensor."""
+        shape, span, heads = self._shape, self._prompt.span, self._heads
+        queries = self._queries()
+        count, tokens, shares = (
+            queries[0].shape[1],
+            tile_tokens(shape.layout.geometry),
+            triton.cdiv(span, SHARE),
+        )
+        log_sums = self._log_sums(queries)
+        sums = self._floats(1 + shape.num_candidates, heads, span)
+        masses = self._floats(heads, shares)
+        token_sums[(shares, heads)](
+            *self._source(), *queries, *self._spaces(0), self._layers.start, span, count,
+            self._scale, log_sums, sums, masses, SHAPE=shape, TILE=self._tile(count),
+            TOKENS=tokens, SHARE=SHARE, **OPTIONS,
+        )  # fmt: skip
+        norms, errors = self._floats(heads, span), self._floats(shape.num_candidates, heads, span)
+        value_errors[(shares, heads)](
+            *self._source(), *self._spaces(1), self._layers.start, span, norms, errors, SHAPE=shape,
+            TOKENS=tokens, SHARE=SHARE, **OPTIONS,
+        )  # fmt: skip
+        kv_heads = shape.heads
+        losses = self._floats(len(self._layers), shape.num_options, kv_heads, span)
+        finish_losses[(triton.cdiv(span, LOSS_TOKENS), kv_heads, len(self._layers))](
+            sums, norms, errors, masses, span, shares, losses, SHAPE=shape, TOKENS=LOSS_TOKENS
+        )
+        return losses
+
     def pack(
-        self,
-        vectors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        formats: FormatSet,
-        choice: torch.Tensor,
-        geometry: PageGeometry,
-        pages: torch.Tensor,
-        first_page: torch.Tensor,
-    ) -> None:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        pack(vectors, formats, choice, geometry, pages, first_page)
+        self, chosen: Sequence[Allocation], pages: torch.Tensor, first_page: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`mdkv_vllm.core.kernels.LayersToCompress`."""
+        formats, span = self._prompt.layout.formats, self._prompt.span
+        number, device = len(formats.formats), pages.device
+        choice = torch.stack([allocation.choice for allocation in chosen])
+        tokens = torch.stack([allocation.tokens for allocation in chosen])
+        order = torch.empty(self._heads, number, span, dtype=torch.int32, device=device)
+        order_tokens[(self._heads,)](choice, span, order, FORMATS=number, num_warps=NUM_WARPS)
+        table = torch.empty(self._heads, number, 2, dtype=torch.int64, device=device)
+        end = torch.empty_like(first_page)
+        first_pages[(1,)](
+            tokens, _capacities(formats, device), first_page, self._heads * number, table, end,
+            FORMATS=number,
+        )  # fmt: skip
+        for index, fmt in enumerate(formats.formats):
+            pack_list_page[(fmt.pages(span), self._heads)](
+                *self._source(), self._matrix, *self._bases, self._layers.start, order, table, span,
+                pages, pages.shape[0], LIST=PackShape.of(self._shape, index), FORMAT=index,
+                FORMATS=number, SHAPE=self._shape,
+            )  # fmt: skip
+        return end
+
+    @property
+    def _scale(self) -> float:
+        return self._prompt.scale * LOG2_E.value
+
+    def _source(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._tokens.arena, self._tokens.blocks
+
+    def _spaces(self, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._matrix, self._bases[side]
+
+    def _floats(self, *sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=torch.float32, device=self._tokens.arena.device)
+
+    @staticmethod
+    def _tile(count: int) -> int:
+        return min(padded(count), MAX_TILE_QUERIES)
+
+    def _queries(self) -> Queries:
+        shape, some = self._shape, slice(self._layers.start, self._layers.stop)
+        grouped = self._prompt.queries[some].unflatten(1, (shape.heads, shape.group))
+        queries = grouped.transpose(2, 3).reshape(self._heads, -1, shape.dims)
+        plain = queries.float()
+        spaces = [plain @ hadamard(shape.dims, plain.device)]
+        if shape.basis_rank:
+            spaces.append(plain @ self._bases[0].flatten(0, 1))
+        rotated = torch.cat(spaces, -1) if len(spaces) > 1 else spaces[0]
+        high = rotated.half()
+        return queries, rotated, torch.stack((high, (rotated - high).half()), 1)
+
+    def _log_sums(self, queries: Queries) -> torch.Tensor:
+        """float32 ``[1 + candidates, heads, queries]``, base 2, of those that the loss reads."""
+        shape, span, count = self._shape, self._prompt.span, queries[0].shape[1]
+        rest = self._parts(queries, span, self._tokens.tokens, -1)
+        candidates = range(-1, shape.num_candidates if shape.together else 0)
+        log_sums = self._floats(len(candidates), self._heads, count)
+        for candidate in candidates:
+            parts = self._parts(queries, 0, span, candidate)
+            merge_log_sums[(triton.cdiv(count, MAX_TILE_QUERIES), self._heads)](
+                parts, rest, count, parts.shape[1], rest.shape[1], log_sums[candidate + 1],
+                TILE=MAX_TILE_QUERIES, num_warps=2,
+            )  # fmt: skip
+        return log_sums
+
+    def _parts(self, queries: Queries, first: int, last: int, candidate: int) -> torch.Tensor:
+        """float32 ``[heads, shares, queries]``: log-sum-exps over shares of some tokens, base 2."""
+        shape, count = self._shape, queries[0].shape[1]
+        shares, tile = triton.cdiv(last - first, SHARE), self._tile(count)
+        parts = self._floats(self._heads, shares, count)
+        first_query = self._tokens.tokens - count // shape.group
+        query_log_sums[(shares, triton.cdiv(count, tile), self._heads)](
+            *self._source(), *queries, *self._spaces(0), self._layers.start, first, last, count,
+            first_query, self._scale, parts, SHAPE=shape, CANDIDATE=candidate, TILE=tile,
+            TOKENS=tile_tokens(shape.layout.geometry), SHARE=SHARE, **OPTIONS,
+        )  # fmt: skip
+        return parts

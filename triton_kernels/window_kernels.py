@@ -1,6 +1,8 @@
-"""The two passes of :mod:`mdkv_vllm.triton_kernels.window_scores`, and their tile of scores.
+"""Passes over a prompt's tokens that say what the window queries make of each.
 
-Rows of a tile are the queries of a KV head, window and group together; columns are tokens.
+Columns of a tile are the queries of a KV head, window and group together; rows are tokens, since a
+token's codes then go from registers that made them into the next product. Every program works for
+one layer and head, told by its last index; a group of layers is one grid.
 """
 
 from __future__ import annotations
@@ -8,241 +10,340 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .softmax import INTERPRETED, LOWEST, raise_maximum
+from .elements import float_of_bfloat16
+from .paged import key_offsets, load_rows, matrix_of, product, rotated_rows
+from .quantise import quantise_rows
+from .softmax import LOWEST
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def load_chunk(
-    rows, stride, first, count, start, DIMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
-):
-    """Dimensions ``start ..`` of rows ``first ..``: ``[TILE, CHUNK]``, zero outside.
-
-    Args:
-        rows: pointer to the first row, of contiguous dimensions; the others lie ``stride``
-            elements apart.
-        count: rows there are.
-        DIMS: dimensions of a row.
-    """
-    row = first + tl.arange(0, TILE)
-    dim = start + tl.arange(0, CHUNK)
-    mask = (row < count)[:, None] & (dim < DIMS)[None, :]
-    return tl.load(rows + row.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask, other=0)
+def page_of(first_layer, row, SHAPE: tl.constexpr):
+    """The page of a layer and head in every block."""
+    return (first_layer * SHAPE.heads + row).to(tl.int64)
 
 
 @triton.jit
-def score_tile(
-    queries,
-    query_stride,
-    first_row,
-    num_rows,
-    keys,
-    key_stride,
-    first_token,
-    last_token,
-    DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
+def load_queries(
+    queries, width, first, count, start, DIMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr
 ):
-    """Scores of a tile of queries over a tile of keys: float32 ``[ROWS, TOKENS]``, 0 outside.
+    """Dimensions ``start ..`` of queries ``first ..``: ``[CHUNK, TILE]``, zero outside."""
+    query = first + tl.arange(0, TILE)
+    dim = start + tl.arange(0, CHUNK)
+    mask = (dim < DIMS)[:, None] & (query < count)[None, :]
+    return tl.load(queries + query[None, :] * width + dim[:, None], mask=mask, other=0)
 
-    Dimensions are taken in turns, so that tiles of any head size fit the registers. float32
-    operands are split into three products of the matrix units (tf32x3), which keeps some 21 bits
-    of their 24.
 
-    Args:
-        queries: pointer to a head's queries; see :func:`load_chunk`.
-        keys: pointer to a head's keys.
-        DIMS: dimensions of both.
-        CHUNK: dimensions at a time.
-        TYPE: type of the products' operands.
-    """
-    scores = tl.zeros([ROWS, TOKENS], tl.float32)
-    for start in tl.range(0, DIMS, CHUNK):
-        left = load_chunk(queries, query_stride, first_row, num_rows, start, DIMS, CHUNK, ROWS)
-        right = load_chunk(keys, key_stride, first_token, last_token, start, DIMS, CHUNK, TOKENS)
-        left = left.to(TYPE)
-        right = right.to(TYPE)
-        if INTERPRETED:
-            left = left.to(tl.float32)
-            right = right.to(tl.float32)
-        scores = tl.dot(left, tl.trans(right), scores, input_precision="tf32x3")
+@triton.jit
+def exact_scores(
+    queries, first, count, arena, offsets, exists, SHAPE: tl.constexpr, TILE: tl.constexpr
+):
+    """Scores of queries ``first ..`` over keys as they are: float32 ``[tokens, TILE]``."""
+    scores = tl.zeros([offsets.shape[0], TILE], tl.float32)
+    PADDED: tl.constexpr = SHAPE.padded_dims
+    CHUNK: tl.constexpr = SHAPE.score_chunk
+    for start in tl.static_range(0, PADDED, CHUNK):
+        keys = load_rows(arena, offsets, exists, start, SHAPE.dims, CHUNK)
+        query = load_queries(queries, SHAPE.dims, first, count, start, SHAPE.dims, CHUNK, TILE)
+        scores = product(keys, query, scores, SHAPE.score_type)
     return scores
 
 
-@triton.jit(do_not_specialize=["first_token", "last_token", "num_rows", "first_query"])
-def row_log_sums(
-    queries,
-    query_head_stride,
-    query_stride,
-    keys,
-    key_head_stride,
-    key_stride,
-    first_token,
-    last_token,
-    num_rows,
-    first_query,
-    scale,
-    log_sums,
-    GROUP: tl.constexpr,
-    DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SHARE: tl.constexpr,
+@triton.jit
+def held_keys(
+    arena, offsets, exists, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """Log-sum-exp of each query's scores over a share of tokens. Grid: shares, row tiles, heads.
+    """Keys as a format would hold them.
 
     Args:
-        queries: ``[heads, num_rows, DIMS]``, strides of the first two in elements.
-        keys: ``[heads, last_token or more, DIMS]``, likewise.
+        hadamard: see :func:`.paged.matrix_of`; ``basis`` as well, of keys.
+        head: of a layer.
+        NUMBER: which of ``SHAPE.candidates``.
+
+    Returns:
+        Codes (as float16 where that is exact and enough) or elements, ``[tokens, rank]``; and
+        what they are to be multiplied by, ``[tokens]``.
+    """
+    FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    dim = tl.arange(0, FORMAT.padded_rank)
+    wanted = dim < FORMAT.rank
+    matrix = matrix_of(hadamard, basis, head, FORMAT.space)
+    keys = rotated_rows(arena, offsets, exists, matrix, dim, wanted, FORMAT.space)
+    if FORMAT.quantised:
+        codes, bits = quantise_rows(keys, wanted[None, :], FORMAT.rank, FORMAT.bits, FORMAT.step)
+        held = tl.where(wanted[None, :], codes, 0.0)
+        factor = float_of_bfloat16(bits)
+        if FORMAT.splits_queries:
+            held = held.to(tl.float16)
+    else:
+        held = keys
+        factor = tl.full([offsets.shape[0]], 1.0, tl.float32)
+    return held, factor
+
+
+@triton.jit
+def held_scores(
+    held, factor, rotated, halves, first, count, NUMBER: tl.constexpr, SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Scores of queries ``first ..`` over :func:`held_keys`: float32 ``[tokens, TILE]``.
+
+    Args:
+        rotated: pointer to the head's queries in the formats' spaces, float32.
+        halves: the same as two float16 each, the second what the first leaves, all first ones
+            before.
+    """
+    FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    WIDTH: tl.constexpr = SHAPE.rotated_width
+    RANK: tl.constexpr = FORMAT.rank
+    PADDED: tl.constexpr = FORMAT.padded_rank
+    scores = tl.zeros([held.shape[0], TILE], tl.float32)
+    if FORMAT.splits_queries:
+        halves += FORMAT.first_query
+        low = load_queries(halves + count * WIDTH, WIDTH, first, count, 0, RANK, PADDED, TILE)
+        scores = product(held, low, scores, tl.float16)
+        high = load_queries(halves, WIDTH, first, count, 0, RANK, PADDED, TILE)
+        scores = product(held, high, scores, tl.float16)
+    else:
+        rotated += FORMAT.first_query
+        query = load_queries(rotated, WIDTH, first, count, 0, RANK, PADDED, TILE)
+        scores = product(held, query, scores, tl.float32)
+    return scores * factor[:, None]
+
+
+@triton.jit(do_not_specialize=["first_layer", "first_token", "last_token", "count", "first_query"])
+def query_log_sums(
+    arena, blocks, queries, rotated, halves, hadamard, basis, first_layer, first_token, last_token,
+    count, first_query, scale, log_sums, SHAPE: tl.constexpr, CANDIDATE: tl.constexpr,
+    TILE: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Log-sum-exp of queries' scores over a share of tokens. Grid: shares, query tiles, heads.
+
+    Args:
+        queries: ``[heads, count, dims]`` as they are.
+        rotated: float32 ``[heads, count, rotated_width]``, in the formats' spaces.
+        halves: float16 ``[heads, 2, count, rotated_width]``; see :func:`held_scores`.
+        hadamard: see :func:`.paged.matrix_of`; ``basis`` as well, of keys.
         first_token: where the first share starts.
         last_token: where the last share ends.
         first_query: position of the first query; a query sees no key behind its own position.
         scale: factor of the scores, times log2(e).
-        log_sums: written, float32 ``[heads, shares, num_rows]``, natural logarithm; minus infinity
-            where a query sees nothing.
-        GROUP: rows of one position.
-        TYPE: type of the products' operands.
+        log_sums: written, float32 ``[heads, shares, count]``, base 2; minus infinity where a query
+            sees nothing.
+        CANDIDATE: as which of ``SHAPE.candidates`` keys are held; -1 for as they are.
     """
     share = tl.program_id(0)
-    first_row = tl.program_id(1) * ROWS
-    head = tl.program_id(2).to(tl.int64)
-    row = first_row + tl.arange(0, ROWS)
-    position = first_query + row // GROUP
-    maximum = tl.full([ROWS], LOWEST, tl.float32)
-    weights = tl.zeros([ROWS, TOKENS], tl.float32)
+    first = tl.program_id(1) * TILE
+    head = tl.program_id(2)
+    page = page_of(first_layer, head, SHAPE)
+    query = first + tl.arange(0, TILE)
+    position = first_query + query // SHAPE.group
+    maximum = tl.full([TILE], LOWEST, tl.float32)
+    weights = tl.zeros([TOKENS, TILE], tl.float32)
     begin = first_token + share * SHARE
     end = tl.minimum(begin + SHARE, last_token)
-    for start in range(begin, end, TOKENS):
-        scores = score_tile(
-            queries + head * query_head_stride,
-            query_stride,
-            first_row,
-            num_rows,
-            keys + head * key_head_stride,
-            key_stride,
-            start,
-            end,
-            DIMS,
-            CHUNK,
-            TYPE,
-            ROWS,
-            TOKENS,
-        )
+    start_of = head.to(tl.int64) * count
+    for start in tl.range(begin, end, TOKENS):
         token = start + tl.arange(0, TOKENS)
-        seen = (token < end)[None, :] & (token[None, :] <= position[:, None])
+        exists = token < end
+        offsets = key_offsets(blocks, page, token, exists, SHAPE)
+        if CANDIDATE < 0:
+            scores = exact_scores(
+                queries + start_of * SHAPE.dims, first, count, arena, offsets, exists, SHAPE, TILE
+            )
+        else:
+            held, factor = held_keys(
+                arena, offsets, exists, hadamard, basis, head, CANDIDATE, SHAPE
+            )
+            at = start_of * SHAPE.rotated_width
+            scores = held_scores(
+                held, factor, rotated + at, halves + 2 * at, first, count, CANDIDATE, SHAPE, TILE
+            )
+        seen = exists[:, None] & (token[:, None] <= position[None, :])
         scores = tl.where(seen, scores * scale, float("-inf"))
-        maximum, factor = raise_maximum(maximum, scores)
-        weights = weights * factor + tl.exp2(scores - maximum[:, None])
-    total = (maximum + tl.log2(tl.sum(weights, axis=1))) / LOG2_E
-    to = log_sums + (head * tl.num_programs(0) + share) * num_rows + row
-    tl.store(to, total, mask=row < num_rows)
+        raised = tl.maximum(maximum, tl.max(scores, axis=0))
+        weights = weights * tl.exp2(maximum - raised)[None, :] + tl.exp2(scores - raised[None, :])
+        maximum = raised
+    total = maximum + tl.log2(tl.sum(weights, axis=0))
+    to = log_sums + (head.to(tl.int64) * tl.num_programs(0) + share) * count + query
+    tl.store(to, total, mask=query < count)
 
 
-@triton.jit(do_not_specialize=["span", "num_rows"])
-def token_sums(
-    queries,
-    query_head_stride,
-    query_stride,
-    keys,
-    key_head_stride,
-    key_stride,
-    log_sums,
-    other_queries,
-    other_query_head_stride,
-    other_query_stride,
-    other_keys,
-    other_key_head_stride,
-    other_key_stride,
-    other_log_sums,
-    span,
-    num_rows,
-    scale,
-    mass,
-    moved,
-    DIMS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TYPE: tl.constexpr,
-    OTHER_DIMS: tl.constexpr,
-    OTHER_CHUNK: tl.constexpr,
-    OTHER_TYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-):
-    """Sums over queries for a tile of tokens, of one candidate. Grid: token tiles, heads.
+@triton.jit(do_not_specialize=["count", "shares", "rest_shares"])
+def merge_log_sums(parts, rest_parts, count, shares, rest_shares, log_sums, TILE: tl.constexpr):
+    """Log-sum-exp over all shares of the span and of what lies behind. Grid: query tiles, heads.
 
     Args:
-        queries: ``[heads, num_rows, DIMS]``, strides of the first two in elements.
-        keys: ``[heads, span, DIMS]``, likewise.
-        log_sums: float32 ``[heads, num_rows]``, natural, over all keys.
-        other_queries: the candidate's, ``[heads, num_rows, OTHER_DIMS]``.
-        other_keys: the candidate's, ``[heads, span, OTHER_DIMS]``; OTHER_DIMS 0 for no candidate.
-        other_log_sums: float32 ``[heads, num_rows]``, when all tokens take the candidate's scores;
-            read if ``TOGETHER``.
-        scale: factor of the scores, times log2(e).
-        mass: written, float32 ``[heads, span]``, ``sum_q P``. Every candidate writes the same.
-        moved: written, float32 ``[heads, span]``, ``sum_q |P_f - P|``.
-        TOGETHER: whether all tokens take the candidate's scores (``paper``), or each alone.
+        parts: float32 ``[heads, shares, count]``, base 2; ``rest_parts`` likewise.
+        log_sums: written, float32 ``[heads, count]``, base 2.
     """
-    first = tl.program_id(0) * TOKENS
+    query = tl.program_id(0) * TILE + tl.arange(0, TILE)
     head = tl.program_id(1).to(tl.int64)
-    masses = tl.zeros([TOKENS], tl.float32)
-    moves = tl.zeros([TOKENS], tl.float32)
-    for first_row in range(0, num_rows, ROWS):
-        row = first_row + tl.arange(0, ROWS)
-        # Rows that do not exist have the probability of an infinite sum: none.
-        at = head * num_rows + row
-        log_sum = tl.load(log_sums + at, mask=row < num_rows, other=float("inf"))[:, None] * LOG2_E
-        scores = score_tile(
-            queries + head * query_head_stride,
-            query_stride,
-            first_row,
-            num_rows,
-            keys + head * key_head_stride,
-            key_stride,
-            first,
-            span,
-            DIMS,
-            CHUNK,
-            TYPE,
-            ROWS,
-            TOKENS,
-        )
-        probability = tl.exp2(scores * scale - log_sum)
-        masses += tl.sum(probability, axis=0)
-        if OTHER_DIMS > 0:
-            scores = score_tile(
-                other_queries + head * other_query_head_stride,
-                other_query_stride,
-                first_row,
-                num_rows,
-                other_keys + head * other_key_head_stride,
-                other_key_stride,
-                first,
-                span,
-                OTHER_DIMS,
-                OTHER_CHUNK,
-                OTHER_TYPE,
-                ROWS,
-                TOKENS,
+    mask = query < count
+    maximum = tl.full([TILE], LOWEST, tl.float32)
+    weight = tl.zeros([TILE], tl.float32)
+    for share in tl.range(0, shares):
+        part = tl.load(parts + (head * shares + share) * count + query, mask=mask, other=0.0)
+        raised = tl.maximum(maximum, part)
+        weight = weight * tl.exp2(maximum - raised) + tl.exp2(part - raised)
+        maximum = raised
+    for share in tl.range(0, rest_shares):
+        at = rest_parts + (head * rest_shares + share) * count + query
+        part = tl.load(at, mask=mask, other=0.0)
+        raised = tl.maximum(maximum, part)
+        weight = weight * tl.exp2(maximum - raised) + tl.exp2(part - raised)
+        maximum = raised
+    tl.store(log_sums + head * count + query, maximum + tl.log2(weight), mask=mask)
+
+
+@triton.jit
+def probabilities(
+    queries, log_sums, first, count, scale, arena, offsets, exists, SHAPE: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """What queries ``first ..`` give some tokens, ``[tokens, TILE]``; and their log-sum-exps."""
+    query = first + tl.arange(0, TILE)
+    # Queries that do not exist have the probability of an infinite sum: none.
+    log_sum = tl.load(log_sums + query, mask=query < count, other=float("inf"))[None, :]
+    scores = exact_scores(queries, first, count, arena, offsets, exists, SHAPE, TILE)
+    return tl.exp2(scores * scale - log_sum), log_sum
+
+
+@triton.jit(do_not_specialize=["first_layer", "span", "count"])
+def token_sums(
+    arena, blocks, queries, rotated, halves, hadamard, basis, first_layer, span, count, scale,
+    log_sums, sums, masses, SHAPE: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
+    SHARE: tl.constexpr,
+):  # fmt: skip
+    """Sums over queries for a share of tokens, of every candidate. Grid: shares, heads.
+
+    Args:
+        queries: as for :func:`query_log_sums`, and what follows to ``scale``.
+        log_sums: float32 ``[1 + candidates, heads, count]``, base 2, over all keys: as they are,
+            and where ``SHAPE.together`` with those of the span as each format would hold them.
+        sums: written, float32 ``[1 + candidates, heads, span]``: ``sum_q P``, then
+            ``sum_q |P_f - P|``.
+        masses: written, float32 ``[heads, shares]``: sums of ``sum_q P``.
+    """
+    CANDIDATES: tl.constexpr = SHAPE.num_candidates
+    share = tl.program_id(0)
+    head = tl.program_id(1)
+    page = page_of(first_layer, head, SHAPE)
+    start_of = head.to(tl.int64) * count
+    plane = tl.num_programs(1).to(tl.int64)
+    queries += start_of * SHAPE.dims
+    rotated += start_of * SHAPE.rotated_width
+    halves += 2 * start_of * SHAPE.rotated_width
+    log_sums += start_of
+    sums += head.to(tl.int64) * span
+    mass_sum = tl.zeros([TOKENS], tl.float32)
+    for start in tl.range(share * SHARE, tl.minimum((share + 1) * SHARE, span), TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        exists = token < span
+        offsets = key_offsets(blocks, page, token, exists, SHAPE)
+        if CANDIDATES == 0:
+            for first in tl.range(0, count, TILE):
+                probability, _ = probabilities(
+                    queries, log_sums, first, count, scale, arena, offsets, exists, SHAPE, TILE
+                )
+                mass = tl.sum(probability, axis=1)
+                mass_sum += tl.where(exists, mass, 0.0)
+                add_to(sums + token, mass, exists, first > 0)
+        for candidate in tl.static_range(CANDIDATES):
+            held, factor = held_keys(
+                arena, offsets, exists, hadamard, basis, head, candidate, SHAPE
             )
-            exponent = scores * scale
-            if TOGETHER:
-                total = tl.load(other_log_sums + at, mask=row < num_rows, other=float("inf"))
-                changed = tl.exp2(exponent - total[:, None] * LOG2_E)
-            else:
-                # The bounds only guard against overflow, and against nothing over nothing.
-                raised = tl.exp2(tl.minimum(exponent - log_sum, 60 * LOG2_E))
-                changed = raised / (raised + tl.maximum(1 - probability, 1e-30))
-            moves += tl.sum(tl.abs(changed - probability), axis=0)
-    token = first + tl.arange(0, TOKENS)
-    to = head * span + token
-    tl.store(mass + to, masses, mask=token < span)
-    if OTHER_DIMS > 0:
-        tl.store(moved + to, moves, mask=token < span)
+            for first in tl.range(0, count, TILE):
+                probability, log_sum = probabilities(
+                    queries, log_sums, first, count, scale, arena, offsets, exists, SHAPE, TILE
+                )
+                if candidate == 0:
+                    mass = tl.sum(probability, axis=1)
+                    mass_sum += tl.where(exists, mass, 0.0)
+                    add_to(sums + token, mass, exists, first > 0)
+                exponent = scale * held_scores(
+                    held, factor, rotated, halves, first, count, candidate, SHAPE, TILE
+                )
+                if SHAPE.together:
+                    query = first + tl.arange(0, TILE)
+                    at = log_sums + (candidate + 1) * plane * count + query
+                    total = tl.load(at, mask=query < count, other=float("inf"))[None, :]
+                    changed = tl.exp2(exponent - total)
+                else:
+                    # The bounds only guard against overflow, and against nothing over nothing.
+                    raised = tl.exp2(tl.minimum(exponent - log_sum, 60 * LOG2_E))
+                    changed = raised / (raised + tl.maximum(1 - probability, 1e-30))
+                moved = tl.sum(tl.abs(changed - probability), axis=1)
+                add_to(sums + (candidate + 1) * plane * span + token, moved, exists, first > 0)
+    at = head.to(tl.int64) * tl.num_programs(0) + share
+    tl.store(masses + at, tl.sum(mass_sum, axis=0))
+
+
+@triton.jit
+def add_to(at, numbers, exists, again):
+    """Store numbers, or add them to what this program stored before."""
+    before = tl.load(at, mask=exists & again, other=0.0)
+    tl.store(at, before + numbers, mask=exists)
+
+
+@triton.jit
+def value_lost(
+    arena, offsets, exists, square, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Squared error of values as a format would hold them, ``[tokens]``.
+
+    Args:
+        square: squared norms of the values, ``[tokens]``.
+        hadamard: see :func:`.paged.matrix_of`; ``basis`` as well, of values.
+        head: of a layer.
+        NUMBER: which of ``SHAPE.candidates``.
+    """
+    FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    dim = tl.arange(0, FORMAT.padded_rank)
+    wanted = dim < FORMAT.rank
+    matrix = matrix_of(hadamard, basis, head, FORMAT.space)
+    kept = rotated_rows(arena, offsets, exists, matrix, dim, wanted, FORMAT.space)
+    lost = tl.zeros_like(square)
+    if FORMAT.rank < SHAPE.dims:
+        # Orthonormal columns: what the projection loses is what it does not hold.
+        lost = tl.maximum(square - tl.sum(kept * kept, axis=1), 0.0)
+    if FORMAT.quantised:
+        codes, bits = quantise_rows(kept, wanted[None, :], FORMAT.rank, FORMAT.bits, FORMAT.step)
+        off = tl.where(wanted[None, :], kept - codes * float_of_bfloat16(bits)[:, None], 0.0)
+        lost += tl.sum(off * off, axis=1)
+    return lost
+
+
+@triton.jit(do_not_specialize=["first_layer", "span"])
+def value_errors(
+    arena, blocks, hadamard, basis, first_layer, span, norms, errors, SHAPE: tl.constexpr,
+    TOKENS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Norms of values, and of what each format loses of them. Grid: shares, heads.
+
+    Args:
+        hadamard: see :func:`matrix_of`; ``basis`` as well, of values.
+        norms: written, float32 ``[heads, span]``.
+        errors: written, float32 ``[candidates, heads, span]``.
+    """
+    CANDIDATES: tl.constexpr = SHAPE.num_candidates
+    share = tl.program_id(0)
+    head = tl.program_id(1)
+    page = page_of(first_layer, head, SHAPE)
+    plane = tl.num_programs(1).to(tl.int64) * span
+    norms += head.to(tl.int64) * span
+    errors += head.to(tl.int64) * span
+    arena += SHAPE.dims
+    for first in tl.range(share * SHARE, tl.minimum((share + 1) * SHARE, span), TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        exists = token < span
+        offsets = key_offsets(blocks, page, token, exists, SHAPE)
+        values = load_rows(arena, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims).to(tl.float32)
+        square = tl.sum(values * values, axis=1)
+        tl.store(norms + token, tl.sqrt(square), mask=exists)
+        for candidate in tl.static_range(CANDIDATES):
+            lost = value_lost(
+                arena, offsets, exists, square, hadamard, basis, head, candidate, SHAPE
+            )
+            tl.store(errors + candidate * plane + token, tl.sqrt(lost), mask=exists)

@@ -56,6 +56,11 @@ class CompressionKernels(Protocol):
         """Layers whose losses, formats and pages are best made together."""
         ...
 
+    @property
+    def reads_pages(self) -> bool:
+        """Whether a prompt's tokens have to be :class:`mdkv_vllm.core.prompt.PagedTokens`."""
+        ...
+
     def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayersToCompress:
         """Some layers of a prompt, with their part of its basis."""
         ...
@@ -162,6 +167,7 @@ class ReferenceKernels:
     """:class:`LayerKernels` and :class:`CompressionKernels` in plain torch, on any device."""
 
     layers_at_once = 1
+    reads_pages = False
 
     def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayersToCompress:
         """See :class:`CompressionKernels`."""

@@ -83,8 +83,8 @@ class Prompt:
             return None
         if not self.layout.prompt_basis_rank:
             assert self.basis is not None
-            some = slice(layers.start, layers.stop)
-            return Basis(self.basis.keys[some], self.basis.values[some])
+            mine = slice(layers.start, layers.stop)
+            return Basis(self.basis.keys[mine], self.basis.values[mine])
         moments = []
         for layer in layers:
             some = [x[:, : self.span].float() for x in self.layer(layer)]
@@ -92,4 +92,4 @@ class Prompt:
         bases = principal_basis(torch.stack(moments), self.layout.prompt_basis_rank)
         # As the lease holds them.
         bases = bases.to(self.layout.geometry.dtype).float()
-        return Basis(bases[:, 0], bases[:, 1])
+        return Basis(bases[:, 0].contiguous(), bases[:, 1].contiguous())

@@ -23,6 +23,7 @@ class CpuKernels:
     """
 
     layers_at_once = 1
+    reads_pages = False
 
     def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayerGroup:
         """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""

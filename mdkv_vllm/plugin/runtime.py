@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.prompt import LoadLayer, PagedTokens
 from mdkv_vllm.ops.decode import DecodeKernel
 from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, StepBuffers
@@ -299,10 +300,11 @@ class Runtime:
             queries *= 2
         plan = self.policy.plan(prompt_tokens, None)
         if plan is not None:
-            shape = (2, self.policy.num_kv_heads, prompt_tokens, head_size)
-            tokens = torch.randn(shape, dtype=self._compressed_from, device=device)
+            # Whatever lies in one block, as every block of the prompt.
+            needed = -(-prompt_tokens // self.policy.geometry.block_size)
+            blocks = torch.zeros(needed, dtype=torch.int32, device=device)
             self._compressor.compress(
-                lambda layer: (tokens[0], tokens[1]),
+                self._prompt_tokens(blocks, prompt_tokens),
                 torch.randn(self._window_shape, dtype=self._window_dtype, device=device),
                 plan,
             )
@@ -334,7 +336,7 @@ class Runtime:
         assert prompt.window is not None
         watch = Stopwatch(self.arena.device)
         result = self._compressor.compress(
-            lambda layer: self._load_layer(layer, pending.blocks, plan.prompt_tokens),
+            self._prompt_tokens(pending.blocks, plan.prompt_tokens),
             prompt.window,
             plan,
         )
@@ -346,13 +348,17 @@ class Runtime:
             CompressionRecord(prompt.request.request_id, plan, result.tokens, watch)
         )
 
-    def _load_layer(
-        self, layer: int, blocks: torch.Tensor, num_tokens: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a prompt's layer, ``[kv_heads, tokens, head_size]``."""
+    def _prompt_tokens(self, blocks: torch.Tensor, tokens: int) -> LoadLayer:
+        """A prompt's keys and values: where GPU kernels read them, or a layer's copy on CPU."""
         heads = self.policy.num_kv_heads
-        view = self.arena[:, layer * heads : (layer + 1) * heads]
-        return load_tokens(view, blocks, num_tokens, self._compressed_from)
+        if self._compressor.kernels.reads_pages:
+            return PagedTokens(self.arena, blocks, tokens, heads)
+
+        def load(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+            view = self.arena[:, layer * heads : (layer + 1) * heads]
+            return load_tokens(view, blocks, tokens, torch.float32)
+
+        return load
 
     @property
     def _window_dtype(self) -> torch.dtype:
@@ -365,12 +371,6 @@ class Runtime:
         shortest = self.policy.config.min_prompt_tokens
         prompts = min(self._limits.requests, self._limits.tokens // shortest + 1)
         return prompts * math.prod(self._window_shape) * self._window_dtype.itemsize
-
-    @property
-    def _compressed_from(self) -> torch.dtype:
-        """What compression reads: the GPU's kernels take the cache's own type."""
-        on_gpu = self.arena.device.type == "cuda"
-        return self.policy.geometry.dtype if on_gpu else torch.float32
 
     def read_records(self, wait: bool) -> None:
         """Count the compressions that the device has done.

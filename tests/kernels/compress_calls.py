@@ -1,6 +1,7 @@
 """Compression's Triton kernels in the interpreter's process, outputs poisoned beforehand."""
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -14,24 +15,49 @@ def _poisoned(empty):
     return make
 
 
-def run(method: str, *arguments):
-    """Call a method of ``TritonKernels``; every ``torch.empty`` holds NaN, or 99."""
+def _poison() -> ExitStack:
+    """Every ``torch.empty`` holds NaN, or 99."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch("torch.empty", _poisoned(torch.empty)))
+    return stack
+
+
+def run_losses(prompt, layers, bases):
     from mdkv_vllm.triton_kernels.compress import TritonKernels
 
-    with mock.patch("torch.empty", _poisoned(torch.empty)):
-        return getattr(TritonKernels(), method)(*arguments)
+    with _poison():
+        return TritonKernels().layers(prompt, layers, bases).losses()
 
 
-def run_pack(*arguments):
-    """Pack; the pages, of which the process may have a copy."""
-    run("pack", *arguments)
-    return arguments[4]
+def run_pack(prompt, layers, bases, chosen, pages, first_page):
+    """Pack; the pages, of which the process may have a copy, and the first page behind them."""
+    from mdkv_vllm.triton_kernels.compress import TritonKernels
+
+    with _poison():
+        end = TritonKernels().layers(prompt, layers, bases).pack(chosen, pages, first_page)
+    return pages, end
 
 
 def run_allocate(clearings, *arguments):
     """Allocate in fewer rounds, for tests that look at something else."""
-    with mock.patch("mdkv_vllm.triton_kernels.allocate._CLEARINGS", clearings):
-        return run("allocate", *arguments)
+    from mdkv_vllm.triton_kernels.compress import TritonKernels
+
+    with _poison(), mock.patch("mdkv_vllm.triton_kernels.allocate._CLEARINGS", clearings):
+        return TritonKernels().allocate(*arguments)
+
+
+class _Group:
+    def __init__(self, process, *arguments):
+        self._process, self._arguments = process, arguments
+
+    def losses(self):
+        return self._process.submit(run_losses, *self._arguments).result()
+
+    def pack(self, chosen, pages, first_page):
+        arguments = *self._arguments, chosen, pages, first_page
+        packed, end = self._process.submit(run_pack, *arguments).result()
+        pages.copy_(packed)
+        return end
 
 
 class InterpretedKernels:
@@ -41,19 +67,10 @@ class InterpretedKernels:
         self._process = process
 
     layers_at_once = 2
+    reads_pages = True
 
-    def rotate(self, *arguments):
-        return self._process.submit(run, "rotate", *arguments).result()
-
-    def round_trip(self, *arguments):
-        return self._process.submit(run, "round_trip", *arguments).result()
-
-    def loss_sums(self, *arguments):
-        return self._process.submit(run, "loss_sums", *arguments).result()
+    def layers(self, prompt, layers, bases):
+        return _Group(self._process, prompt, layers, bases)
 
     def allocate(self, *arguments, clearings=8):
         return self._process.submit(run_allocate, clearings, *arguments).result()
-
-    def pack(self, vectors, formats, choice, geometry, pages, first_page):
-        arguments = vectors, formats, choice, geometry, pages, first_page
-        pages.copy_(self._process.submit(run_pack, *arguments).result())

@@ -1,8 +1,8 @@
 """Passes over tokens that :mod:`mdkv_vllm.triton_kernels.allocate` is made of.
 
-A row is one KV head of one layer; a program takes a row from its first token to its last, in an
-order that does not change, so that a prompt gives the same pages in every run. Order statistics are
-found by their bits: four at a time, sixteen thresholds are counted in one pass.
+A row is one KV head of one layer, a pool some rows that share pages. What programs add up together
+are integers, so that a prompt gives the same pages in every run whatever their order. Order
+statistics are found by their bits: four at a time, sixteen thresholds are counted in one pass.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ TILE = tl.constexpr(512)
 COUNT_TILE = tl.constexpr(256)
 """Tokens at a time where every option is counted, in float64."""
 
+SHARE = 4096
+"""Tokens of a program that counts."""
+
 NUM_WARPS = 8
 """Sixteen counts of a tile then take 32 registers a thread."""
 
 PRICES = tl.constexpr(16)
 """Prices tried in one pass."""
 
-LOWEST = tl.constexpr(-(2**31))
+STEPS = tl.constexpr(3)
+"""Pages of a list that are open to choice."""
 
-ALL, CHEAPER, HELD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-"""What a list's gains are over; see :func:`list_gains`."""
+BELOW = tl.constexpr(1)
+"""How many of them lie below what it wants."""
+
+LOWEST = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -69,28 +75,72 @@ def cheapest(start, stride, costs, prices, token, exists, OPTIONS: tl.constexpr)
     return least, taken
 
 
-@triton.jit(do_not_specialize=["heads", "span", "rows_per_pool"])
-def ask_pages(losses, heads, span, rows_per_pool, costs, prices, pages, OPTIONS: tl.constexpr):
-    """Pages that each row would take at some prices. Grid: rows.
+@triton.jit
+def bracket(brackets, counts, costs, budget, OPTIONS: tl.constexpr):
+    """The prices, as base-2 logarithms, between which a pool's pages suffice, after one more round.
+
+    Args:
+        brackets: pointer to float64 ``[2]`` of the pool: those before the round.
+        counts: pointer to int32 ``[PRICES, OPTIONS]`` of the pool: tokens of each option at the
+            prices between them.
+        costs: float64 ``[OPTIONS]``, pages that a token takes.
+        budget: of the pool.
+    """
+    low = tl.load(brackets)
+    step = (tl.load(brackets + 1) - low) / (PRICES + 1)
+    number = tl.arange(0, PRICES)
+    asked = tl.zeros([PRICES], tl.float64)
+    for option in tl.static_range(OPTIONS):
+        tokens = tl.load(counts + number * OPTIONS + option).to(tl.float64)
+        asked += tokens * tl.load(costs + option)
+    above = tl.sum((asked > budget).to(tl.int32), axis=0)
+    return low + step * above, low + step * (above + 1)
+
+
+@triton.jit(do_not_specialize=["heads", "span", "rows_per_pool", "round"])
+def ask_options(
+    losses, heads, span, rows_per_pool, costs, budgets, brackets, counts, round,
+    OPTIONS: tl.constexpr, SHARE: tl.constexpr,
+):  # fmt: skip
+    """Count the options that tokens choose at ``PRICES`` prices of their pool. Grid: shares, rows.
 
     Args:
         losses: float32 ``[layers, OPTIONS, heads, span]``.
-        costs: float64 ``[OPTIONS]``, pages that a token takes.
-        prices: float32 ``[pools, PRICES]``, of a page.
-        pages: written, float32 ``[rows, PRICES]``.
+        costs: float64 ``[OPTIONS]``, pages that a token takes, all different.
+        budgets: float64 ``[pools]``.
+        brackets: float64 ``[rounds + 1, pools, 2]``, base-2 logarithms of prices; the first
+            round's are given, and each round writes its own.
+        counts: int32 ``[rounds, pools, PRICES, OPTIONS]``, zero; this round's are added to.
+        round: which.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(1)
+    pool = row // rows_per_pool
+    pools = tl.num_programs(1) // rows_per_pool
+    size: tl.constexpr = PRICES * OPTIONS
+    low = tl.load(brackets + 2 * pool)
+    high = tl.load(brackets + 2 * pool + 1)
+    if round > 0:
+        before = (round - 1) * pools + pool
+        low, high = bracket(
+            brackets + 2 * before, counts + before * size, costs, tl.load(budgets + pool), OPTIONS
+        )
+        tl.store(brackets + 2 * (before + pools), low)
+        tl.store(brackets + 2 * (before + pools) + 1, high)
+    number = tl.arange(0, PRICES)
+    price = tl.exp2(low + (high - low) / (PRICES + 1) * (number + 1)).to(tl.float32)[:, None]
     start = row_start(losses, row, heads, span, OPTIONS)
     stride = heads.to(tl.int64) * span
-    number = tl.arange(0, PRICES)
-    price = tl.load(prices + row // rows_per_pool * PRICES + number)[:, None]
-    asked = tl.zeros([PRICES, TILE], tl.float32)
-    for first in tl.range(0, span, TILE):
-        token = first + tl.arange(0, TILE)
-        exists = token < span
-        _, taken = cheapest(start, stride, costs, price, token, exists, OPTIONS)
-        asked += tl.where(exists[None, :], taken, 0.0)
-    tl.store(pages + row * PRICES + number, tl.sum(asked, axis=1))
+    counts += (round * pools + pool) * size
+    for option in tl.static_range(OPTIONS):
+        cost = tl.load(costs + option).to(tl.float32)
+        held = tl.zeros([PRICES, TILE], tl.int32)
+        begin = tl.program_id(0) * SHARE
+        for first in tl.range(begin, tl.minimum(begin + SHARE, span), TILE):
+            token = first + tl.arange(0, TILE)
+            exists = token < span
+            _, taken = cheapest(start, stride, costs, price, token, exists, OPTIONS)
+            held += ((taken == cost) & exists[None, :]).to(tl.int32)
+        tl.atomic_add(counts + number * OPTIONS + option, tl.sum(held, axis=1))
 
 
 @triton.jit(do_not_specialize=["heads", "span", "rows_per_pool"])
@@ -137,62 +187,6 @@ def count_options(
     tl.store(totals + out, tl.sum(tl.sum(total, axis=1), axis=0))
 
 
-@triton.jit(do_not_specialize=["heads", "span"])
-def list_gains(
-    losses,
-    heads,
-    span,
-    prices,
-    held,
-    gains,
-    LIST: tl.constexpr,
-    OPTIONS: tl.constexpr,
-    OVER: tl.constexpr,
-    DROP: tl.constexpr,
-):
-    """What each token would gain by being in a list. Grid: token tiles, rows.
-
-    Args:
-        losses: float32 ``[layers, OPTIONS, heads, span]``.
-        prices: float32 ``[rows, OPTIONS]``, of a token at each option.
-        held: int8 ``[rows, span]``, option of each token.
-        gains: written, float32 ``[rows, span]``.
-        LIST: the list's option.
-        OVER: ``ALL``: over the best of all other options at their prices, the list itself being
-            free; ``CHEAPER``: over those before the list, prices paid, for tokens at option 0;
-            ``HELD``: over the option that a token is at, nothing paid, where it gains. Minus
-            infinity for all other tokens.
-        DROP: whether option 0 has room for any number; ``CHEAPER`` is then for those who gain.
-    """
-    row = tl.program_id(1)
-    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    exists = token < span
-    start = row_start(losses, row, heads, span, OPTIONS)
-    stride = heads.to(tl.int64) * span
-    at = row.to(tl.int64) * span + token
-    prices += row * OPTIONS
-    own = load_losses(start, stride, LIST, token, exists)
-    if OVER == HELD:
-        now = tl.load(held + at, mask=exists, other=0)
-        gain = load_losses(start, stride, now.to(tl.int64), token, exists) - own
-        gain = tl.where((now != LIST) & (gain > 0), gain, float("-inf"))
-    else:
-        other = tl.full([TILE], float("inf"), tl.float32)
-        for option in tl.static_range(OPTIONS):
-            if option < LIST or (OVER == ALL and option != LIST):
-                priced = load_losses(start, stride, option, token, exists)
-                other = tl.minimum(other, priced + tl.load(prices + option))
-        if OVER == ALL:
-            gain = other - own
-        else:
-            gain = other - (own + tl.load(prices + LIST))
-            open_to_it = tl.load(held + at, mask=exists, other=0) == 0
-            if DROP:
-                open_to_it = open_to_it & (gain >= 0)
-            gain = tl.where(open_to_it, gain, float("-inf"))
-    tl.store(gains + at, gain, mask=exists)
-
-
 @triton.jit
 def ordered(x):
     """int32 that compare as float32 do."""
@@ -235,92 +229,3 @@ def kth_largest(row, span, rank):
         enough = (tl.sum(counts, axis=1) >= rank) | (steps == 0)
         found += tl.max(tl.where(enough, steps, 0), axis=0)
     return tl.max(found, axis=0).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["span"])
-def top_sums(gains, span, ranks, sums):
-    """Sum of the largest gains of a row. Grid: rows, ranks.
-
-    Args:
-        gains: float32 ``[rows, span]``.
-        ranks: int64 ``[rows, ranks]``, how many, from 0 to ``span``.
-        sums: written, float64 ``[rows, ranks]``.
-    """
-    row = gains + tl.program_id(0).to(tl.int64) * span
-    at = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-    rank = tl.load(ranks + at)
-    last = kth_largest(row, span, tl.maximum(rank, 1))
-    count = tl.zeros([TILE], tl.int32)
-    total = tl.zeros([TILE], tl.float64)
-    for first in tl.range(0, span, TILE):
-        token = first + tl.arange(0, TILE)
-        larger = load_ordered(row, first, span) > last
-        gain = tl.load(row + token, mask=token < span, other=0).to(tl.float64)
-        total += tl.where(larger, gain, 0.0)
-        count += larger.to(tl.int32)
-    equal = (rank - tl.sum(count, axis=0)).to(tl.float64)
-    total = tl.sum(total, axis=0) + equal * float_of_ordered(last).to(tl.float64)
-    tl.store(sums + at, tl.where(rank > 0, total, 0.0))
-
-
-@triton.jit(do_not_specialize=["span"])
-def clear_list(
-    gains, span, room, prices, LIST: tl.constexpr, OPTIONS: tl.constexpr, DROP: tl.constexpr
-):
-    """Set a list's price so that as many tokens want it as have room. Grid: rows.
-
-    Args:
-        gains: float32 ``[rows, span]``, over all other options.
-        room: int64 ``[rows, OPTIONS]``, tokens of each option.
-        prices: float32 ``[rows, OPTIONS]``, of which the list's is written.
-        DROP: whether lists may stay part empty, so that no price is negative.
-    """
-    row = gains + tl.program_id(0).to(tl.int64) * span
-    at = tl.program_id(0) * OPTIONS + LIST
-    rank = tl.load(room + at)
-    last = kth_largest(row, span, tl.maximum(rank, 1))
-    count = tl.zeros([TILE], tl.int32)
-    below = tl.full([TILE], LOWEST, tl.int32)
-    for first in tl.range(0, span, TILE):
-        x = load_ordered(row, first, span)
-        count += (x >= last).to(tl.int32)
-        below = tl.maximum(below, tl.where(x < last, x, LOWEST))
-    first_out = tl.where(tl.sum(count, axis=0) > rank, last, tl.max(below, axis=0))
-    last_in = float_of_ordered(last)
-    price = last_in
-    if rank == 0:
-        price = last_in + tl.abs(last_in) + 1e-30
-    elif rank < span:
-        price = (last_in + float_of_ordered(first_out)) / 2
-    if DROP:
-        price = tl.maximum(price, 0.0)
-    tl.store(prices + at, price)
-
-
-@triton.jit(do_not_specialize=["span"])
-def fill_list(gains, span, room, held, LIST: tl.constexpr):
-    """Give a list the tokens that gain most, earlier ones among equals. Grid: rows.
-
-    Args:
-        gains: float32 ``[rows, span]``; minus infinity for tokens that are not to be had.
-        room: int64 ``[rows]``, how many at most.
-        held: int8 ``[rows, span]``, option of each token; written for those chosen.
-    """
-    number = tl.program_id(0).to(tl.int64)
-    row = gains + number * span
-    held += number * span
-    rank = tl.load(room + number)
-    last = kth_largest(row, span, tl.maximum(rank, 1))
-    count = tl.zeros([TILE], tl.int32)
-    for first in tl.range(0, span, TILE):
-        count += (load_ordered(row, first, span) > last).to(tl.int32)
-    equals = rank - tl.sum(count, axis=0)
-    for first in tl.range(0, span, TILE):
-        token = first + tl.arange(0, TILE)
-        x = load_ordered(row, first, span)
-        gain = tl.load(row + token, mask=token < span, other=float("-inf"))
-        equal = (x == last).to(tl.int32)
-        chosen = (x > last) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= equals))
-        chosen = chosen & (gain > float("-inf"))
-        tl.store(held + token, tl.full([TILE], LIST, tl.int8), mask=chosen)
-        equals -= tl.sum(equal, axis=0)

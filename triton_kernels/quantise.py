@@ -32,8 +32,8 @@ def tile_vectors(padded_rank: int) -> int:
 def divide_rows(x, y):
     """``x / y`` rounded to nearest, of ``[rows, columns]`` and a positive ``[rows]``.
 
-    A quotient by the rounded reciprocal is off by its last bit at most, which its remainder corrects
-    (Markstein 1990): three instructions an element, where a division has some ten.
+    A quotient by the rounded reciprocal is off by its last bit at most, which its remainder
+    corrects (Markstein 1990): three instructions an element, where a division has some ten.
     """
     y = y[:, None]
     if INTERPRETED:

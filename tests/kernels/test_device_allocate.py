@@ -38,7 +38,7 @@ def check(kernels, losses, formats, num_pages, clearings=8):
     """Every invariant of an allocation."""
     (found,) = kernels.allocate([losses], formats, [[num_pages]], clearings=clearings)
     choice = found.choice
-    assert choice.dtype == torch.int64
+    assert choice.dtype == torch.int8
     assert int(choice.min()) >= (-1 if formats.drop else 0)
     tokens = torch.stack([(choice == i).sum(1) for i in range(len(formats.formats))], 1)
     assert torch.equal(found.tokens, tokens)
@@ -46,7 +46,7 @@ def check(kernels, losses, formats, num_pages, clearings=8):
         f.pages(int(n)) for row in tokens for f, n in zip(formats.formats, row, strict=True)
     )
     assert pages <= num_pages
-    option = (choice + int(formats.drop)).unsqueeze(0)
+    option = (choice + int(formats.drop)).long().unsqueeze(0)
     assert float(found.objective) == pytest.approx(float(losses.double().gather(0, option).sum()))
     assert float(found.lower_bound) <= float(found.objective) * (1 + 1e-9) + 1e-9
     return found, pages

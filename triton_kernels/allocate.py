@@ -30,9 +30,6 @@ from .page_kernels import give_pages, last_bracket, page_costs, settle
 _ROUNDS = 7
 """Searches among ``PRICES`` prices, after which two neighbours are one float32 apart."""
 
-_PRICE_RANGE = 1e-12
-"""Where the search starts, below the highest price that any token could pay."""
-
 _CLEARINGS = 8
 """Rounds in which every list's price is set anew."""
 
@@ -145,17 +142,16 @@ class _Pools:
     def _lagrangian(self) -> tuple[torch.Tensor, ...]:
         """Solve the problem in which a token may take any share of a page; see :func:`.settle`."""
         pools, options, device = self._pools, self._options, self._losses.device
-        most = self._losses.amax((1, 3)).view(pools, -1).amax(1, keepdim=True)
-        high = (most.double() / self._least_cost + 1e-30).log2()
-        span = torch.log2(_constant((_PRICE_RANGE, 1.0), torch.float64, device))
-        brackets = torch.empty(_ROUNDS + 1, pools, 2, dtype=torch.float64, device=device)
-        torch.add(high, span, out=brackets[0])
+        parted = self._losses.unflatten(2, (-1, self._per_pool))
+        most = parted.amax((1, 3, 4))
+        brackets = torch.empty(_ROUNDS, pools, 2, dtype=torch.float64, device=device)
         number = PRICES.value
         counts = torch.zeros(_ROUNDS, pools, number, options, dtype=torch.int32, device=device)
         for search in range(_ROUNDS):
             ask_options[(triton.cdiv(self._span, SHARE), self._rows)](
-                *self._source(), self._per_pool, self._costs, self._budgets, brackets, counts,
-                search, OPTIONS=options, SHARE=SHARE, num_warps=NUM_WARPS,
+                *self._source(), self._per_pool, self._costs, self._budgets, most,
+                1 / self._least_cost, brackets, counts, search, OPTIONS=options, SHARE=SHARE,
+                num_warps=NUM_WARPS,
             )  # fmt: skip
         prices = torch.empty(pools, 3, dtype=torch.float64, device=device)
         last_bracket[(pools,)](
@@ -185,9 +181,9 @@ class _Pools:
         the tokens that would come next. The cheapest pages are given first, as long as all fit.
         """
         rows, lists, steps, device = self._rows, self._options - 1, STEPS.value, wanted.device
-        room = torch.full((rows, self._options), self._span, dtype=torch.int64, device=device)
+        room = torch.empty(rows, self._options, dtype=torch.int64, device=device)
         if lists == 0:
-            return room
+            return room.fill_(self._span)
         gains = torch.empty(rows, lists, self._span, device=device)
         cost = torch.empty(rows, lists, steps, dtype=torch.float64, device=device)
         page_costs[(rows, lists)](

@@ -31,6 +31,9 @@ STEPS = tl.constexpr(3)
 BELOW = tl.constexpr(1)
 """How many of them lie below what it wants."""
 
+RANGE = tl.constexpr(40.0)
+"""Powers of two from the highest price that any token could pay down to where the search starts."""
+
 LOWEST = tl.constexpr(-(2**31))
 
 
@@ -99,7 +102,7 @@ def bracket(brackets, counts, costs, budget, OPTIONS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["heads", "span", "rows_per_pool", "round"])
 def ask_options(
-    losses, heads, span, rows_per_pool, costs, budgets, brackets, counts, round,
+    losses, heads, span, rows_per_pool, costs, budgets, most, per_page, brackets, counts, round,
     OPTIONS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Count the options that tokens choose at ``PRICES`` prices of their pool. Grid: shares, rows.
@@ -108,8 +111,10 @@ def ask_options(
         losses: float32 ``[layers, OPTIONS, heads, span]``.
         costs: float64 ``[OPTIONS]``, pages that a token takes, all different.
         budgets: float64 ``[pools]``.
-        brackets: float64 ``[rounds + 1, pools, 2]``, base-2 logarithms of prices; the first
-            round's are given, and each round writes its own.
+        most: float32 ``[pools]``, the highest loss.
+        per_page: tokens of the largest page, of which a page's price follows.
+        brackets: float64 ``[rounds, pools, 2]``, base-2 logarithms of prices between which a round
+            searches; each writes its own.
         counts: int32 ``[rounds, pools, PRICES, OPTIONS]``, zero; this round's are added to.
         round: which.
     """
@@ -117,15 +122,16 @@ def ask_options(
     pool = row // rows_per_pool
     pools = tl.num_programs(1) // rows_per_pool
     size: tl.constexpr = PRICES * OPTIONS
-    low = tl.load(brackets + 2 * pool)
-    high = tl.load(brackets + 2 * pool + 1)
-    if round > 0:
+    if round == 0:
+        high = tl.log2(tl.load(most + pool).to(tl.float64) * per_page + 1e-30)
+        low = high - RANGE
+    else:
         before = (round - 1) * pools + pool
         low, high = bracket(
             brackets + 2 * before, counts + before * size, costs, tl.load(budgets + pool), OPTIONS
         )
-        tl.store(brackets + 2 * (before + pools), low)
-        tl.store(brackets + 2 * (before + pools) + 1, high)
+    tl.store(brackets + 2 * (round * pools + pool), low)
+    tl.store(brackets + 2 * (round * pools + pool) + 1, high)
     number = tl.arange(0, PRICES)
     price = tl.exp2(low + (high - low) / (PRICES + 1) * (number + 1)).to(tl.float32)[:, None]
     start = row_start(losses, row, heads, span, OPTIONS)

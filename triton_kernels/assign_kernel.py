@@ -187,8 +187,8 @@ def assign(
     for first in tl.range(0, span, TILE):
         token = first + tl.arange(0, TILE)
         exists = token < span
-        option = tl.load(held + token, mask=exists, other=0)
-        total += load_losses(start, stride, option.to(tl.int64), token, exists).to(tl.float64)
+        at = tl.load(held + token, mask=exists, other=0)
+        total += load_losses(start, stride, at.to(tl.int64), token, exists).to(tl.float64)
         if DROP:
-            tl.store(held + token, option - 1, mask=exists)
+            tl.store(held + token, at - 1, mask=exists)
     tl.store(objective + row, tl.sum(total, axis=0))

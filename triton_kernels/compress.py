@@ -26,12 +26,20 @@ from .pack import PackShape, pack_list_page
 from .place import first_pages, order_tokens
 from .prompt_shape import PromptShape
 from .shapes import padded
-from .window_kernels import LOG2_E, merge_log_sums, query_log_sums, token_sums, value_errors
+from .window_kernels import (
+    LOG2_E,
+    merge_log_sums,
+    query_log_sums,
+    split_queries,
+    token_sums,
+    value_errors,
+)
 
 SHARE = 512
 """Tokens of a program: even a prompt of 4K at 8 heads fills 64 programs a layer."""
 MAX_TILE_QUERIES = 32
 LOSS_TOKENS = 256
+SPLIT_TILE = 1024
 NUM_WARPS = 8
 OPTIONS = {"num_warps": NUM_WARPS, "num_stages": 1}
 """Pages are loaded one tile ahead within a product; a program has no room for more."""
@@ -184,8 +192,12 @@ class PagedGroup:
         if shape.basis_rank:
             spaces.append(plain @ self._bases[0].flatten(0, 1))
         rotated = torch.cat(spaces, -1) if len(spaces) > 1 else spaces[0]
-        high = rotated.half()
-        return queries, rotated, torch.stack((high, (rotated - high).half()), 1)
+        each = rotated[0].numel()
+        halves = torch.empty(self._heads, 2, each, dtype=torch.float16, device=rotated.device)
+        split_queries[(triton.cdiv(each, SPLIT_TILE), self._heads)](
+            rotated, each, halves, TILE=SPLIT_TILE
+        )
+        return queries, rotated, halves
 
     def _log_sums(self, queries: Queries) -> torch.Tensor:
         """float32 ``[1 + candidates, heads, queries]``, base 2, of those that the loss reads."""

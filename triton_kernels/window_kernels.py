@@ -24,6 +24,25 @@ def page_of(first_layer, row, SHAPE: tl.constexpr):
     return (first_layer * SHAPE.heads + row).to(tl.int64)
 
 
+@triton.jit(do_not_specialize=["each"])
+def split_queries(rotated, each, halves, TILE: tl.constexpr):
+    """Queries as two float16 each, the second what the first leaves. Grid: tiles, heads.
+
+    Args:
+        rotated: float32 ``[heads, each]``.
+        each: numbers of a head.
+        halves: written, float16 ``[heads, 2, each]``.
+    """
+    number = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    head = tl.program_id(1).to(tl.int64)
+    exists = number < each
+    x = tl.load(rotated + head * each + number, mask=exists, other=0.0)
+    high = x.to(tl.float16)
+    to = halves + 2 * head * each + number
+    tl.store(to, high, mask=exists)
+    tl.store(to + each, (x - high.to(tl.float32)).to(tl.float16), mask=exists)
+
+
 @triton.jit
 def load_queries(
     queries, width, first, count, start, DIMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr

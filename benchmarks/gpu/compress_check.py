@@ -7,34 +7,35 @@ everything else by its values.
 from __future__ import annotations
 
 import math
-import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 from lists import ChosenBefore, assert_nearly_the_same_lists
+from paged import paged
 
+from mdkv_vllm.core.allocate import Allocation, allocate_layers
 from mdkv_vllm.core.allocate import allocate as exact_allocate
-from mdkv_vllm.core.allocate import allocate_layers
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+from mdkv_vllm.core.prompt import Prompt as LayeredPrompt
 from mdkv_vllm.triton_kernels.compress import TritonKernels
 
 from .call import TRITON
 from .check import Outcome
+from .device import no_synchronisation
 from .inputs import POISON
 from .reference import mixed_decode as float64_decode
 
 REFERENCE = ReferenceKernels()
-SUMS_ERROR = 2e-4
-"""Largest relative error of the sums of a format: three products of TF32, approximate powers."""
+LOSSES_ERROR = 1e-2
+"""Largest relative error of a head's losses, by their norm: of few moved codes."""
+LOSS_MOVED = 1e-2
+"""Relative error of the loss of a token whose code or scale was rounded the other way."""
 CODES_MOVED = 0.02
 """Share of vectors whose codes may differ, a scale having been rounded the other way."""
 MORE_LOSS = 0.15
@@ -141,6 +142,7 @@ class Prompt:
         self.heads: HeadBudgets | None = None
         if case.by_head:
             self.heads = HeadBudgets(self.rand(case.layers, case.kv_heads), 0.67, 0.5)
+        self.tokens = paged(self.cache.to(device), 16)
         self.compressor = self._compressor(kernels)
 
     def randn(self, *shape: int) -> torch.Tensor:
@@ -151,56 +153,27 @@ class Prompt:
         """Even numbers on the host."""
         return torch.rand(*shape, generator=self._generator)
 
-    def check_loss_sums(self) -> float:
-        """Sums of two candidates, one of lower rank."""
-        case, span = self.case, self.case.plan.span_tokens
-        queries = self.queries[0].unflatten(0, (case.kv_heads, -1)).transpose(1, 2).contiguous()
-        keys, flat = self.cache[0, 0], queries.flatten(1, 2)
-        read = keys[:, :span].float() + 0.1 * self.randn(case.kv_heads, span, case.head_size)
-        ranks = (case.head_size // 4, case.head_size)
-        worst = 0.0
+    def check_losses(self) -> float:
+        """Losses of every option, as sums over a head's tokens and one by one."""
+        layers, worst = range(self.case.layers), 0.0
         for variant in ("hybrid", "paper"):
-
-            def sums(
-                kernels: CompressionKernels,
-                to: Callable[[torch.Tensor], torch.Tensor],
-                variant: str = variant,
-            ) -> torch.Tensor:
-                given = [
-                    Candidate(to(flat)[..., :r], to(read)[..., :r], to(read)[..., 0]) for r in ranks
-                ]
-                scale = case.head_size**-0.5
-                return kernels.loss_sums(to(queries), to(keys), given, span, scale, variant)
-
-            found = sums(self.kernels, lambda x: x.to(self.device)).double().cpu()
-            expected = sums(REFERENCE, torch.Tensor.double)
-            error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-            worst = max(worst, float(error.max()))
-            assert (error <= SUMS_ERROR).all(), f"relative error {float(error.max()):.1e}"
+            ours = self._prompt(False, variant)
+            theirs = self._prompt(True, variant)
+            bases = theirs.bases(layers)
+            on_device = None if bases is None else bases.to(self.device)
+            found = self.kernels.layers(ours, layers, on_device).losses()
+            found = torch.stack(list(found)).double().cpu()
+            expected = torch.stack(list(REFERENCE.layers(theirs, layers, bases).losses())).double()
+            moved = (found - expected).abs() > LOSS_MOVED * expected
+            # Not those of a neighbour, which a pooled loss passes on.
+            if variant == "paper":
+                share = float(moved.float().mean((0, 2, 3)).max())
+                assert share <= CODES_MOVED, f"{share:.1%} of the losses differ ({variant})"
+            norms = expected.norm(dim=-1).clamp_min(1e-30)
+            error = float(((found - expected).norm(dim=-1) / norms).max())
+            worst = max(worst, error)
+            assert error <= LOSSES_ERROR, f"relative error {error:.1e} ({variant})"
         return worst
-
-    def check_round_trip(self) -> float:
-        """Keys as read back, and errors of values, of every width."""
-        keys, values = self.cache[0].float()
-        for bits in (8, 4, 2):
-            on_device = (x.to(self.device) for x in (keys, values))
-            read, error = (x.cpu() for x in self.kernels.round_trip(*on_device, bits))
-            expected_read, expected_error = REFERENCE.round_trip(keys, values, bits)
-            moved = float((read != expected_read).any(-1).float().mean())
-            assert moved <= CODES_MOVED, f"i{bits}: codes of {moved:.1%} of the vectors differ"
-            torch.testing.assert_close(read, expected_read, rtol=1e-2, atol=1e-2)
-            torch.testing.assert_close(error, expected_error, rtol=2e-2, atol=1e-6)
-        return 0.0
-
-    def check_rotate(self) -> float:
-        """Products with a matrix per head."""
-        square = self.randn(self.case.kv_heads, self.case.head_size, self.case.head_size)
-        keys = self.cache[0, 0]
-        found = self.kernels.rotate(keys.to(self.device), square.to(self.device)).double().cpu()
-        expected = keys.double() @ square.double()
-        error = float((found - expected).norm() / expected.norm())
-        assert error <= 1e-5, f"relative error {error:.1e}"
-        return error
 
     def check_allocate(self) -> float:
         """Three layers of unequal budgets in one call: pages exact, losses near the reference's."""
@@ -223,7 +196,7 @@ class Prompt:
             assert torch.equal(tokens, ours.tokens.cpu()), "tokens are not those of the choice"
             taken = int(formats.pages(tokens).sum())
             assert taken <= pages, f"{taken} pages of {pages}"
-            option = (choice + int(formats.drop)).unsqueeze(0)
+            option = (choice + int(formats.drop)).long().unsqueeze(0)
             lost = float(layer.double().gather(0, option).sum())
             more = lost / theirs.objective - 1
             worst = max(worst, more)
@@ -232,22 +205,30 @@ class Prompt:
 
     def check_pack(self) -> float:
         """Pages of a random choice, with an empty list and others over several pages."""
-        case, span = self.case, min(700, self.case.tokens)
-        formats, geometry = case.formats, case.geometry
-        keys, values = (x[:, :span].float() for x in self.cache[0])
-        vectors = [(keys[..., : f.rank], values[..., : f.rank]) for f in formats.formats]
+        case, layers = self.case, range(self.case.layers)
+        formats, theirs = case.formats, self._prompt(True)
         low = -1 if formats.drop else 0
-        choice = (self.rand(case.kv_heads, span) * (len(formats.formats) - low)).long() + low
-        choice[-1] = 0
-        pages = torch.full((case.kv_heads * span, geometry.page_bytes), POISON, dtype=torch.uint8)
+        shape = case.layers, case.kv_heads, theirs.span
+        choice = (self.rand(*shape) * (len(formats.formats) - low)).long() + low
+        choice[:, -1] = 0
+        tokens = torch.stack([(choice == i).sum(-1) for i in range(len(formats.formats))], -1)
+        chosen = [Allocation(c, t, 0.0, 0.0) for c, t in zip(choice, tokens, strict=True)]
+        on_device = [
+            replace(a, choice=a.choice.to(self.device, torch.int8), tokens=a.tokens.to(self.device))
+            for a in chosen
+        ]
+        needed = 2 + int(formats.pages(tokens).sum()) + 3
+        pages = torch.full((needed, case.geometry.page_bytes), POISON, dtype=torch.uint8)
         first, found = torch.tensor(2), pages.clone().to(self.device)
-        on_device = [(k.to(self.device), v.to(self.device)) for k, v in vectors]
-        self.kernels.pack(
-            on_device, formats, choice.to(self.device), geometry, found, first.to(self.device)
+        bases = theirs.bases(layers)
+        group = self.kernels.layers(
+            self._prompt(False), layers, None if bases is None else bases.to(self.device)
         )
-        REFERENCE.pack(vectors, formats, choice, geometry, pages, first)
+        group.pack(on_device, found, first.to(self.device))
+        REFERENCE.layers(theirs, layers, bases).pack(chosen, pages, first)
         assert torch.equal(found[:2].cpu(), pages[:2]), "wrote before the first page"
-        assert_nearly_the_same_lists(found[2:].cpu(), pages[2:], formats, choice, geometry)
+        flat = choice.flatten(0, 1)
+        assert_nearly_the_same_lists(found[2:].cpu(), pages[2:], formats, flat, case.geometry)
         return 0.0
 
     def check_whole(self) -> float:
@@ -274,33 +255,33 @@ class Prompt:
 
     def _compress(self, reference: CompressionKernels | None = None) -> CompressedPrompt:
         """Compress with the kernels under test, or with others on the host."""
-        device = torch.device("cpu") if reference else self.device
-        cache, queries = self.cache.to(device), self.queries.to(device)
-        if reference:
-            cache = cache.float()
+        prompt = self._prompt(reference is not None)
         compressor = self._compressor(reference) if reference else self.compressor
-        return compressor.compress(
-            lambda layer: (cache[layer, 0], cache[layer, 1]), queries, self.case.plan, True
-        )
+        return compressor.compress(prompt.load, prompt.queries, self.case.plan, True)
+
+    def _prompt(self, reference: bool, loss: str = "hybrid") -> LayeredPrompt:
+        """The prompt in a paged cache on the device; or layer by layer in float32 on the host."""
+        case, basis, load = self.case, self.basis, self.tokens
+        queries = self.queries if reference else self.queries.to(self.device)
+        if reference:
+            load = self._load
+        elif basis is not None:
+            basis = basis.to(self.device)
+        scale = case.head_size**-0.5
+        return LayeredPrompt(case.layout, loss, scale, basis, load, queries, case.plan.span_tokens)
+
+    def _load(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.cache[layer].float()
+        return keys, values
 
     def _compressor(self, kernels: CompressionKernels) -> Compressor:
         scale = self.case.head_size**-0.5
         return Compressor(self.case.layout, "hybrid", scale, self.basis, self.heads, kernels)
 
     def _without_synchronisation(self) -> CompressedPrompt:
-        cache, queries = self.cache.to(self.device), self.queries.to(self.device)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found = self.compressor.compress(
-                lambda layer: (cache[layer, 0], cache[layer, 1]), queries, self.case.plan
-            )
-            try:
-                found.tokens.sum().item()
-            except RuntimeError:
-                return found
-            raise AssertionError("the synchronisation check finds none")
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        prompt = self._prompt(False)
+        with no_synchronisation():
+            return self.compressor.compress(prompt.load, prompt.queries, self.case.plan)
 
     def _decode(self, found: torch.Tensor, expected: torch.Tensor) -> float:
         """Read both leases from a poisoned cache: ours by the kernel, the other in float64."""
@@ -344,7 +325,7 @@ def check_compression(
 ) -> Outcome:
     """Check every part and the whole; its error is that of attention over the lease."""
     prompt = Prompt(case, torch.device(device), seed, kernels or TritonKernels())
-    checks = ("loss_sums", "round_trip", "rotate", "allocate", "pack", "whole")
+    checks = ("losses", "allocate", "pack", "whole")
     failures, error = [], math.nan
     for name in checks:
         try:
@@ -353,23 +334,3 @@ def check_compression(
             failures.append(f"{name}: {wrong}")
             error = math.nan
     return Outcome(case.name, error, 0.0, tuple(failures))
-
-
-def check_all_compression(
-    quick: bool, seed: int, workers: int, cases: Sequence[Case] = CASES
-) -> Iterator[Outcome]:
-    """Check every case on the GPU, each in a process of its own."""
-    cases = cases[:2] if quick else cases
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, context, torch.set_num_threads, (1,), max_tasks_per_child=1
-    ) as pool:
-        jobs = [
-            pool.submit(check_compression, case, "cuda", seed + number)
-            for number, case in enumerate(cases)
-        ]
-        for case, job in zip(cases, jobs, strict=True):
-            try:
-                yield job.result()
-            except Exception as error:  # whatever a kernel does must end in the report
-                yield Outcome(case.name, math.nan, math.nan, (f"{type(error).__name__}: {error}",))

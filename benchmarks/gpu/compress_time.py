@@ -7,7 +7,9 @@ take longer.
 
 from __future__ import annotations
 
+import math
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,20 +18,23 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
-from mdkv_vllm.core.kernels import CompressionKernels
+from mdkv_vllm.core.kernels import CompressionKernels, LayersToCompress
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+from mdkv_vllm.core.prompt import PagedTokens
 from mdkv_vllm.triton_kernels.compress import TritonKernels
 
+from .device import device
 from .inputs import WINDOW
 from .loads import BLOCK_SIZE, MODELS, Heads
 
-SHARE = 0.03
+SHARE = 0.02
 """Aim: of the prefill's time."""
 FORMATS = ("drop", "i4", "i8", "full")
-PARTS = ("load", "rotate", "round_trip", "loss_sums", "allocate", "pack")
+PARTS = ("losses", "allocate", "pack")
 ROUNDS = 5
 FLASH = [SDPBackend.FLASH_ATTENTION]
 
@@ -68,7 +73,9 @@ class CompressionTime:
         model: its attention heads' name.
         tokens: of the prompt.
         budget: share of the bytes kept.
-        seconds: median time of a whole compression.
+        seconds: median time of a whole compression, from event to event on the device.
+        device_seconds: the same captured in a CUDA graph and replayed; NaN where it cannot be.
+        host_seconds: what the host takes to launch it.
         parts: seconds of each of :data:`PARTS` in one compression, all layers together. What is
             between them is in no part.
         layers: of the model.
@@ -81,6 +88,8 @@ class CompressionTime:
     tokens: int
     budget: float
     seconds: float
+    device_seconds: float
+    host_seconds: float
     parts: dict[str, float]
     layers: int
     product_rate: float
@@ -95,10 +104,11 @@ class CompressionTime:
     @property
     def lines(self) -> list[str]:
         """The report."""
-        per_layer = ", ".join(f"{n} {s / self.layers * 1e3:.2f}" for n, s in self.parts.items())
+        parts = ", ".join(f"{name} {seconds * 1e3:.2f}" for name, seconds in self.parts.items())
         return [
             f"compression of {self.tokens} tokens, {self.model}, budget {self.budget}: "
-            f"{self.seconds * 1e3:.1f} ms; ms per layer: {per_layer}",
+            f"{self.seconds * 1e3:.1f} ms (host {self.host_seconds * 1e3:.1f}, device "
+            f"{self.device_seconds * 1e3:.1f} as a graph); parts, ms: {parts}",
             f"  prefill at least {self.product_seconds * 1e3:.0f} ms of products "
             f"({self.product_rate / 1e12:.0f} TFLOP/s) and {self.attention_seconds * 1e3:.0f} ms "
             f"of attention; share {self.share:.1%}, aim {SHARE:.0%}: "
@@ -111,7 +121,7 @@ class CompressionTime:
 
 
 class Timed:
-    """Kernels that note when they begin and end on the device.
+    """Kernels that note when their parts begin and end on the device.
 
     Args:
         kernels: what is called.
@@ -119,29 +129,39 @@ class Timed:
 
     def __init__(self, kernels: CompressionKernels) -> None:
         self._kernels = kernels
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self.layers_at_once = kernels.layers_at_once
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.layers_at_once, self.reads_pages = kernels.layers_at_once, kernels.reads_pages
 
-    def call(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
-        """Call something as a part of that name."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        result = function(*arguments)
-        end.record()
-        self._events.append((name, begin, end))
-        return result
+    def time(self, part: str, call: Callable[[], Any]) -> Any:  # noqa: ANN401
+        """Call something as a part."""
+        result: list[Any] = []
+        (seconds,) = device().seconds(lambda: result.append(call()), 1)
+        self.seconds[part] += seconds
+        return result[-1]
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        function = getattr(self._kernels, name)
-        return lambda *arguments: self.call(name, function, *arguments)
+    def layers(self, *arguments: Any) -> TimedGroup:  # noqa: ANN401
+        """See :class:`CompressionKernels`."""
+        return TimedGroup(self, self._kernels.layers(*arguments))
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds of every part so far."""
-        torch.cuda.synchronize()
-        total = dict.fromkeys(PARTS, 0.0)
-        for name, begin, end in self._events:
-            total[name] += begin.elapsed_time(end) / 1e3
-        return total
+    def allocate(self, *arguments: Any) -> list[Allocation]:  # noqa: ANN401
+        """See :class:`CompressionKernels`."""
+        return self.time("allocate", lambda: self._kernels.allocate(*arguments))
+
+
+@dataclass(frozen=True)
+class TimedGroup:
+    """A group of layers of :class:`Timed`."""
+
+    timed: Timed
+    group: LayersToCompress
+
+    def losses(self) -> Any:  # noqa: ANN401
+        """See :class:`LayersToCompress`."""
+        return self.timed.time("losses", self.group.losses)
+
+    def pack(self, *arguments: Any) -> torch.Tensor:  # noqa: ANN401
+        """See :class:`LayersToCompress`."""
+        return self.timed.time("pack", lambda: self.group.pack(*arguments))
 
 
 class CachedPrompt:
@@ -157,7 +177,7 @@ class CachedPrompt:
     def __init__(
         self, model: Model, tokens: int, budget: float, generator: torch.Generator
     ) -> None:
-        heads, device, self._tokens = model.heads, generator.device, tokens
+        heads, where = model.heads, generator.device
         geometry = PageGeometry(BLOCK_SIZE, heads.head_size, heads.dtype)
         formats = parse_formats(FORMATS, geometry)
         self.layout = LeaseLayout(geometry, formats, model.layers, heads.kv_heads)
@@ -167,43 +187,44 @@ class CachedPrompt:
         self.plan: LeasePlan = plan
         blocks = -(-tokens // BLOCK_SIZE)
         shape = (blocks, self.layout.pages_per_block, BLOCK_SIZE, 2 * heads.head_size)
-        self._arena = torch.empty(shape, dtype=heads.dtype, device=device)
-        self._arena.normal_(generator=generator)
-        self._blocks = torch.randperm(blocks, generator=generator, device=device)
+        arena = torch.empty(shape, dtype=heads.dtype, device=where).normal_(generator=generator)
+        order = torch.randperm(blocks, generator=generator, device=where).int()
+        self._tokens = PagedTokens(arena, order, tokens, heads.kv_heads)
         query = (model.layers, heads.q_heads, WINDOW, heads.head_size)
-        self._queries = torch.empty(query, dtype=heads.dtype, device=device)
+        self._queries = torch.empty(query, dtype=heads.dtype, device=where)
         self._queries.normal_(generator=generator)
 
-    def load(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, ``[kv_heads, tokens, head_size]``, gathered by block."""
-        heads = self.layout.num_kv_heads
-        mine = self._arena[:, layer * heads : (layer + 1) * heads]
-        both = mine.index_select(0, self._blocks).transpose(0, 1).flatten(1, 2)
-        keys, values = both[:, : self._tokens].chunk(2, dim=-1)
-        return keys, values
-
-    def compress(self, kernels: CompressionKernels, timed: Timed | None = None) -> None:
+    def compress(self, kernels: CompressionKernels) -> None:
         """Compress it once."""
         scale = self.layout.geometry.head_size**-0.5
-        compressor = Compressor(self.layout, "hybrid", scale, kernels=timed or kernels)
-        load = self.load
-        if timed is not None:
-            compressor.compress(lambda i: timed.call("load", load, i), self._queries, self.plan)
-        else:
-            compressor.compress(load, self._queries, self.plan)
+        compressor = Compressor(self.layout, "hybrid", scale, kernels=kernels)
+        compressor.compress(self._tokens, self._queries, self.plan)
 
 
 def device_seconds(run: Callable[[], object]) -> float:
     """Median time on the device of something that has been run before."""
-    run()
+    return statistics.median(device().seconds(run, ROUNDS))
+
+
+def captured_seconds(run: Callable[[], object]) -> float:
+    """The same of its CUDA graph; NaN where it cannot be captured."""
+    if not device().captures:
+        return math.nan
+    try:
+        return device_seconds(device().captured(run))
+    except RuntimeError:
+        return math.nan
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """Median time that the host takes to launch something, the device being idle before."""
     seconds = []
     for _ in range(ROUNDS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+        device().synchronize()
+        begin = time.perf_counter()
         run()
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
+        seconds.append(time.perf_counter() - begin)
+    device().synchronize()
     return statistics.median(seconds)
 
 
@@ -217,6 +238,7 @@ def product_rate(model: Model, tokens: int, generator: torch.Generator) -> float
         for shape in shapes
     )
     operations = 2.0 * tokens * model.hidden * model.feed_forward
+    left @ right  # chooses its kernel
     return operations / device_seconds(lambda: left @ right)
 
 
@@ -231,11 +253,12 @@ def attention_seconds(model: Model, tokens: int, generator: torch.Generator) -> 
     )
 
     def attend() -> torch.Tensor:
-        with sdpa_kernel(FLASH):
+        with sdpa_kernel(FLASH if query.is_cuda else [SDPBackend.MATH]):
             return scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=heads.group > 1
             )
 
+    attend()
     return model.layers * device_seconds(attend)
 
 
@@ -256,9 +279,14 @@ def time_compression(
     kernels = TritonKernels()
     for tokens in lengths:
         prompt = CachedPrompt(model, tokens, budget, generator)
-        whole = device_seconds(lambda prompt=prompt: prompt.compress(kernels))
+
+        def run(prompt: CachedPrompt = prompt) -> None:
+            prompt.compress(kernels)
+
+        run()  # compiles
+        whole, host, alone = device_seconds(run), host_seconds(run), captured_seconds(run)
         timed = Timed(kernels)
-        prompt.compress(kernels, timed)
+        prompt.compress(timed)
         del prompt
         rate = product_rate(model, min(tokens, 8192), generator)
         yield CompressionTime(
@@ -266,7 +294,9 @@ def time_compression(
             tokens,
             budget,
             whole,
-            timed.seconds(),
+            alone,
+            host,
+            timed.seconds,
             model.layers,
             rate,
             model.products(tokens) / rate,

@@ -88,18 +88,18 @@ def compile_signature(
     constants: dict[str, object],
     capability: int,
     num_warps: int = 4,
-    multiples_of_16: tuple[str, ...] = (),
+    num_stages: int = 3,
 ) -> Compiled:
-    """Compile any kernel; pointers are 16-byte aligned, and so are integers named so."""
+    """Compile any kernel; pointers are 16-byte aligned."""
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, argument in enumerate(kernel.arg_names)
-        if signature[argument].startswith("*") or argument in multiples_of_16
+        if signature[argument].startswith("*")
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

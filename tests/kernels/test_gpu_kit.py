@@ -432,7 +432,7 @@ TINY = compress_check.Case(
     ids=lambda case: case.name,
 )
 def test_compression_check_passes(process, case):
-    outcome = process.submit(gpu_kit.check_compression, case, 5).result()
+    outcome = process.submit(gpu_kit.check_compression, case, 6).result()
     assert outcome.failures == ()
     assert 0 < outcome.error < compress_check.DECODED_ERROR
 
@@ -440,9 +440,7 @@ def test_compression_check_passes(process, case):
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("loss_sums", "relative error"),
-        ("round_trip", "Tensor-likes are not close"),
-        ("rotate", "relative error"),
+        ("losses", "relative error"),
         ("allocate", "tokens are not those of the choice"),
         ("pack", ""),
     ],
@@ -463,20 +461,19 @@ def test_compression_cases_are_various():
 
 
 def test_compression_is_timed(process):
-    """All but the clock, of which every event is a tick."""
     model = compress_time.Model(HEADS, 2, 32, 48)
     (timed,) = process.submit(gpu_kit.time_compression, model, (100,)).result()
-    assert timed.seconds == 1e-3
-    # Two layers, each loaded twice with its keys and values rotated.
-    calls = {"load": 4, "rotate": 8, "round_trip": 4, "loss_sums": 2, "allocate": 1, "pack": 2}
-    assert {name: round(s * 1e3) for name, s in timed.parts.items()} == calls
+    assert list(timed.parts) == ["losses", "allocate", "pack"]
+    assert sum(timed.parts.values()) > 0
+    assert timed.host_seconds > 0
+    assert math.isnan(timed.device_seconds)
     weights = 32 * (6 * 2 + 2 * 2) * 64 + 3 * 32 * 48
     assert model.products(100) == 2 * weights * 2 * 100
     assert timed.product_seconds == pytest.approx(2 * weights * 200 / timed.product_rate)
-    assert timed.attention_seconds == pytest.approx(2e-3)
+    timed = replace(timed, seconds=1e-3, attention_seconds=2e-3)
     assert timed.share == pytest.approx(1e-3 / (timed.product_seconds + 2e-3))
-    assert "share 0.1%, aim 3%: reached" in replace(timed, product_seconds=1.0).lines[1]
-    assert "share 50.0%, aim 3%: missed" in replace(timed, product_seconds=0.0).lines[1]
+    assert "share 0.1%, aim 2%: reached" in replace(timed, product_seconds=1.0).lines[1]
+    assert "share 50.0%, aim 2%: missed" in replace(timed, product_seconds=0.0).lines[1]
     assert json.loads(json.dumps(timed.as_json()))["share"] == timed.share
 
 

@@ -21,6 +21,7 @@ from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
+from mdkv_vllm.core.prompt import PagedTokens
 from mdkv_vllm.triton_kernels.compress import TritonKernels
 
 DEVICE = torch.device("meta")
@@ -46,22 +47,46 @@ def _host_only(make):
     return tensor
 
 
-def compress(names, kernels, by_head=False):
+FREE = {"view", "_unsafe_view", "as_strided", "slice", "select", "unsqueeze", "squeeze", "expand"}
+FREE |= {"transpose", "permute", "t", "detach", "alias", "unbind", "split", "empty", "empty_like"}
+FREE |= {"empty_strided", "new_empty", "lift_fresh"}
+
+
+class Launches(OneDevice):
+    """Counts what a GPU would have to launch: operations but for views and memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        on_device = [x for x in tree_leaves(made) if isinstance(x, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        if name not in FREE and any(x.device == DEVICE for x in on_device):
+            self.operations.append(name)
+        return made
+
+
+def compress(names, kernels, by_head=False, mode=None, layers=LAYERS):
     """Compress twice; the second time, what stays on the device is there."""
     geometry = PageGeometry(16, SIZE, torch.bfloat16)
     formats = parse_formats(names, geometry)
-    layout = LeaseLayout(geometry, formats, LAYERS, HEADS, 0)
+    layout = LeaseLayout(geometry, formats, layers, HEADS, 0)
     floor = None if formats.drop else formats.formats[0].tokens_per_page
     plan = plan_lease(TOKENS, LeaseTerms(16, WINDOW, 64, 0.5, layout.min_blocks, floor))
-    basis = Basis(*torch.rand(2, LAYERS, HEADS, SIZE, 16)) if formats.uses_basis else None
-    budgets = HeadBudgets(torch.rand(LAYERS, HEADS), 0.67) if by_head else None
+    basis = Basis(*torch.rand(2, layers, HEADS, SIZE, 16)) if formats.uses_basis else None
+    budgets = HeadBudgets(torch.rand(layers, HEADS), 0.67) if by_head else None
     compressor = Compressor(layout, "hybrid", 0.125, basis, budgets, kernels)
-    cache = torch.empty(2, HEADS, TOKENS, SIZE, device=DEVICE, dtype=torch.bfloat16)
-    queries = torch.empty(LAYERS, HEADS * GROUP, WINDOW, SIZE, device=DEVICE)
-    with mock.patch.object(JITFunction, "run", return_value=None):
-        compressor.compress(lambda _: (cache[0], cache[1]), queries, plan)
-        with OneDevice(), mock.patch("torch.tensor", _host_only(torch.tensor)):
-            return compressor.compress(lambda _: (cache[0], cache[1]), queries, plan, True)
+    arena = torch.empty(40, layers * HEADS, 16, 2 * SIZE, device=DEVICE, dtype=torch.bfloat16)
+    tokens = PagedTokens(arena, torch.empty(40, device=DEVICE).int(), TOKENS, HEADS)
+    queries = torch.empty(layers, HEADS * GROUP, WINDOW, SIZE, device=DEVICE)
+    with mock.patch.object(JITFunction, "run", return_value=None) as run:
+        compressor.compress(tokens, queries, plan)
+        run.reset_mock()
+        with mode or OneDevice(), mock.patch("torch.tensor", _host_only(torch.tensor)):
+            found = compressor.compress(tokens, queries, plan, True)
+    return found, run.call_count
 
 
 @pytest.mark.parametrize("by_head", [False, True])
@@ -69,9 +94,25 @@ def compress(names, kernels, by_head=False):
     "names", [("drop", "i4", "i8", "full"), ("i2", "i4", "i8", "full"), ("drop", "r8", "r16i8")]
 )
 def test_nothing_waits_for_the_device(names, by_head):
-    found = compress(names, TritonKernels(), by_head)
+    found, _ = compress(names, TritonKernels(), by_head)
     chosen = [getattr(a, name) for a in found.allocations for name in vars(a)]
     assert {x.device for x in (found.pages, found.tokens, *chosen)} == {DEVICE}
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_launches(by_head):
+    """As many for 32 layers as for two; views are free."""
+    counted = []
+    for layers in (2, 32):
+        mode = Launches()
+        names = ("drop", "i4", "i8", "full")
+        _, kernels = compress(names, TritonKernels(), by_head, mode, layers)
+        counted.append((kernels, len(mode.operations)))
+    assert counted[0] == counted[1], mode.operations
+    kernels, operations = counted[1]
+    # Twelve of them once a prompt: its pages, and the page table.
+    assert kernels <= 25
+    assert kernels + operations <= 46, " ".join(mode.operations)
 
 
 FAULTS = {
@@ -92,9 +133,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_waits_is_found(fault):
     class Waiting(TritonKernels):
-        def rotate(self, vectors, encoder):
-            FAULTS[fault](vectors)
-            return super().rotate(vectors, encoder)
+        def allocate(self, losses, formats, budgets):
+            FAULTS[fault](losses)
+            return super().allocate(losses, formats, budgets)
 
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         compress(("drop", "i4", "i8"), Waiting())

@@ -5,24 +5,48 @@ from pathlib import Path
 import pytest
 import torch
 
-from mdkv_vllm.core.formats import PageGeometry, parse_format
+from mdkv_vllm.core.formats import PageGeometry, parse_formats
+from mdkv_vllm.core.layout import LeaseLayout
 
 pytest.importorskip("triton")
 
 from compiler import SHARED_LIMIT, compile_signature
 
-from mdkv_vllm.triton_kernels import allocate_kernels, project, window_kernels, window_scores
-from mdkv_vllm.triton_kernels.elements import element_type
+from mdkv_vllm.triton_kernels import (
+    allocate_kernels,
+    assign_kernel,
+    page_kernels,
+    paged,
+    place,
+    window_kernels,
+)
+from mdkv_vllm.triton_kernels.compress import (
+    LOSS_TOKENS,
+    MAX_TILE_QUERIES,
+    NUM_WARPS,
+    SHARE,
+    SPLIT_TILE,
+    tile_tokens,
+)
+from mdkv_vllm.triton_kernels.loss_kernel import finish_losses
 from mdkv_vllm.triton_kernels.pack import PackShape, pack_list_page
-from mdkv_vllm.triton_kernels.quantise import gaussian_step, read_back, tile_vectors
+from mdkv_vllm.triton_kernels.prompt_shape import PromptShape
 from mdkv_vllm.triton_kernels.shapes import padded
-from mdkv_vllm.triton_kernels.window_kernels import row_log_sums, token_sums
-from mdkv_vllm.triton_kernels.window_scores import chunk_of
 
 CAPABILITIES = tuple(SHARED_LIMIT)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-POINTERS = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async"}
+DEFAULT = ("drop", "i4", "i8", "full")
+
+POINTERS = dict.fromkeys(
+    ("rotated", "basis", "key_basis", "value_basis", "log_sums", "sums", "masses", "norms",
+     "errors", "losses", "parts", "rest_parts", "most", "gains", "paid", "over"), "fp32"
+)  # fmt: skip
+POINTERS |= dict.fromkeys(("costs", "totals", "brackets", "budgets", "bounds", "objective"), "fp64")
+POINTERS |= dict.fromkeys(("blocks", "order", "counts", "wanted", "ranks"), "i32")
+POINTERS |= dict.fromkeys(("table", "capacity", "room", "tokens", "first", "end"), "i64")
+POINTERS |= {"halves": "fp16", "pages": "u8", "choice": "i8"}
 
 
 @pytest.fixture(autouse=True)
@@ -30,85 +54,92 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def check(kernel, pointers, constants, capability, num_warps=4):
-    """Compile with those pointer types; strides are multiples of 16, other integers are any."""
+def compiled(kernel, constants, capability, num_warps=4, num_stages=3, **pointers):
+    """Compile with those pointer types besides the usual; integers are any."""
+    types = POINTERS | pointers
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
 
     def kind(argument):
         if argument in constants:
             return "constexpr"
-        if argument in pointers:
-            return f"*{pointers[argument]}"
-        return "fp32" if argument == "scale" else "i32"
+        if argument in types:
+            return f"*{types[argument]}"
+        return "fp32" if argument in ("scale", "per_page") else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
-    strides = tuple(argument for argument in kernel.arg_names if argument.endswith("stride"))
-    compiled = compile_signature(kernel, signature, constants, capability, num_warps, strides)
-    assert compiled.local == compiled.stack == 0, f"spills: {compiled.registers} registers"
-    assert compiled.shared <= SHARED_LIMIT[capability]
-    return compiled
+    made = compile_signature(
+        kernel, signature, constants, capability, num_warps, num_stages=num_stages
+    )
+    assert made.shared <= SHARED_LIMIT[capability]
+    return made
 
 
-def check_scores(kernel, pointers, constants, capability):
-    constants = constants | {"ROWS": window_scores.MAX_TILE_ROWS}
-    constants |= {"TOKENS": window_scores.TILE_TOKENS}
-    compiled = check(kernel, pointers, constants, capability, window_scores.NUM_WARPS)
-    assert MATRIX_INSTRUCTION[capability] in compiled.ptx
-    # Tiles come by asynchronous copies of 16 bytes (cg has no other size), or as many at once.
-    assert "cp.async.cg.shared.global" in compiled.ptx
-    assert "cp.async.ca.shared.global" not in compiled.ptx
-    assert compiled.load_widths(Path(window_kernels.__file__), "return tl.load(rows") <= {128}
+def check(kernel, constants, capability, num_warps=4, num_stages=3, stack=0, **pointers):
+    """Nothing spills but for so many bytes."""
+    made = compiled(kernel, constants, capability, num_warps, num_stages, **pointers)
+    assert made.local == 0
+    assert made.stack <= stack, f"{made.stack} bytes spill: {made.registers} registers"
+    return made
+
+
+def shape_of(names, size, dtype=BF16, loss="hybrid", query_dtype=None, group=4):
+    geometry = PageGeometry(16, size, dtype)
+    formats = parse_formats(names, geometry)
+    layout = LeaseLayout(geometry, formats, 32, 8, 0)
+    return PromptShape(layout, group, query_dtype or dtype, loss, formats.basis_rank)
+
+
+def scores(kernel, shape, capability, candidate=-1, test=check, **options):
+    dtype = shape.layout.geometry.dtype
+    constants = {"SHAPE": shape, "CANDIDATE": candidate, "TILE": MAX_TILE_QUERIES, "SHARE": SHARE}
+    constants["TOKENS"] = tile_tokens(shape.layout.geometry)
+    options |= {"arena": NAMES[dtype], "hadamard": NAMES[dtype]}
+    options["queries"] = NAMES[shape.query_dtype]
+    return test(kernel, constants, capability, NUM_WARPS, 1, **options)
+
+
+WINDOW = (
+    window_kernels.query_log_sums, window_kernels.token_sums, window_kernels.value_errors
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", WINDOW, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize(("size", "dtype"), [(64, BF16), (128, BF16), (128, FP16), (256, BF16)])
+def test_window(kernel, size, dtype, capability):
+    made = scores(kernel, shape_of(DEFAULT, size, dtype), capability, stack=8)
+    # Products of 16 tokens are too small for a warp group.
+    if tile_tokens(PageGeometry(16, size, dtype)) >= 64:
+        assert MATRIX_INSTRUCTION[capability] in made.ptx
+        # Though the addresses of tokens come from a table.
+        assert made.load_widths(Path(paged.__file__), "tl.load(arena + offsets") <= {128}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
-    ("rank", "dtype"),
-    [(64, FP32), (80, BF16), (96, FP32), (128, BF16), (128, FP16), (128, FP32), (256, FP32)],
-)
-def test_row_log_sums(rank, dtype, capability):
-    constants = {"GROUP": 4, "DIMS": rank, "CHUNK": chunk_of(rank, dtype)}
-    constants |= {"TYPE": element_type(dtype), "SHARE": window_scores.TOKENS_PER_PROGRAM}
-    pointers = dict.fromkeys(("queries", "keys"), POINTERS[dtype]) | {"log_sums": "fp32"}
-    check_scores(row_log_sums, pointers, constants, capability)
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(
-    ("rank", "other_rank", "dtype", "other_dtype", "together"),
+    "shape",
     [
-        (64, 64, FP32, FP32, False),
-        (80, 80, BF16, FP32, False),
-        (96, 96, FP16, FP16, False),
-        (128, 16, FP32, FP32, False),
-        (128, 128, BF16, BF16, True),
-        (128, 128, BF16, FP32, False),
-        (128, 0, BF16, BF16, False),
-        (256, 256, FP32, FP32, False),
-        (256, 256, FP32, FP32, True),
+        shape_of(("drop", "r16", "r32i8", "full"), 80, FP16, "paper"),
+        shape_of(("i2", "i4", "i8"), 96, BF16, "pooled", FP32),
     ],
+    ids=lambda shape: shape.loss,
 )
-def test_token_sums(rank, other_rank, dtype, other_dtype, together, capability):
-    constants = {"DIMS": rank, "CHUNK": chunk_of(rank, dtype), "TYPE": element_type(dtype)}
-    constants |= {"OTHER_DIMS": other_rank, "OTHER_CHUNK": chunk_of(other_rank, other_dtype)}
-    constants |= {"OTHER_TYPE": element_type(other_dtype), "TOGETHER": together}
-    pointers = dict.fromkeys(("log_sums", "other_log_sums", "mass", "moved"), "fp32")
-    pointers |= dict.fromkeys(("queries", "keys"), POINTERS[dtype])
-    pointers |= dict.fromkeys(("other_queries", "other_keys"), POINTERS[other_dtype])
-    check_scores(token_sums, pointers, constants, capability)
+def test_window_of_other_formats(shape, capability):
+    scores(window_kernels.query_log_sums, shape, capability, candidate=1, stack=64)
+    scores(window_kernels.token_sums, shape, capability, stack=64)
+    scores(window_kernels.value_errors, shape, capability, stack=64)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("bits", [8, 4, 2])
-@pytest.mark.parametrize("rank", [80, 128, 256])
-def test_read_back(rank, bits, capability):
-    constants = {"RANK": rank, "PADDED": padded(rank), "BITS": bits}
-    constants |= {"STEP": gaussian_step(bits), "TOKENS": tile_vectors(padded(rank))}
-    pointers = dict.fromkeys(("read", "error", "keys", "values"), "fp32")
-    check(read_back, pointers, constants, capability)
+def test_window_of_a_float32_cache_compiles(capability):
+    """It may spill: a float32 cache is not what servers on GPUs have."""
+    shape = shape_of(DEFAULT, 128, FP32, "solo")
+    scores(window_kernels.token_sums, shape, capability, test=compiled)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
-    ("head_size", "names"),
+    ("size", "names"),
     [
         (64, ("r32i8", "i4")),
         (80, ("r16", "i8", "i4")),
@@ -116,52 +147,39 @@ def test_read_back(rank, bits, capability):
         (256, ("i8", "i4", "i2", "full")),
     ],
 )
-def test_pack(head_size, names, capability):
-    geometry = PageGeometry(16, head_size, BF16)
-    for name in names:
-        fmt = parse_format(name, geometry)
-        shape = PackShape(fmt, element_type(geometry.dtype), geometry.page_bytes)
-        constants = {"LIST": shape, "FORMAT": 1, "FORMATS": 3}
-        pointers = {"order": "i64", "lists": "i64", "pages": "u8", "keys": "fp32", "values": "fp32"}
-        check(pack_list_page, pointers, constants, capability)
-
-
-ALLOCATION = dict.fromkeys(("losses", "gains", "pages"), "fp32")
-ALLOCATION |= dict.fromkeys(("costs", "totals", "sums"), "fp64")
-ALLOCATION |= {"counts": "i32", "held": "i8", "ranks": "i64", "room": "i64", "prices": "fp32"}
-OVER = (allocate_kernels.ALL, allocate_kernels.CHEAPER, allocate_kernels.HELD)
+def test_pack(size, names, capability):
+    shape = shape_of(names, size)
+    for index in range(len(names)):
+        constants = {"LIST": PackShape.of(shape, index), "FORMAT": index, "FORMATS": len(names)}
+        check(
+            pack_list_page, constants | {"SHAPE": shape}, capability, arena="bf16", hadamard="bf16"
+        )
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("options", [1, 4, 9])
-def test_allocation(options, capability):
-    constants = {"OPTIONS": options, "LIST": min(2, options - 1), "DROP": True}
-    calls = [
-        (allocate_kernels.ask_pages, {}),
-        (allocate_kernels.count_options, {"PADDED": padded(options)}),
-        *((allocate_kernels.list_gains, {"OVER": over}) for over in OVER),
-        (allocate_kernels.top_sums, {}),
-        (allocate_kernels.clear_list, {}),
-        (allocate_kernels.fill_list, {}),
-    ]
-    for kernel, more in calls:
-        used = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        pointers = ALLOCATION
-        if kernel is allocate_kernels.count_options:
-            pointers = ALLOCATION | {"prices": "fp64"}
-        warps = 4 if kernel is allocate_kernels.list_gains else allocate_kernels.NUM_WARPS
-        check(kernel, pointers, used | more, capability, warps)
+def test_small_kernels(capability):
+    shape = shape_of(DEFAULT, 128)
+    check(finish_losses, {"SHAPE": shape, "TOKENS": LOSS_TOKENS}, capability)
+    check(window_kernels.merge_log_sums, {"TILE": MAX_TILE_QUERIES}, capability, 2)
+    check(window_kernels.split_queries, {"TILE": SPLIT_TILE}, capability)
+    check(place.order_tokens, {"FORMATS": 3}, capability, NUM_WARPS)
+    check(place.first_pages, {"FORMATS": 3}, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(
-    ("size", "rank", "dtype"),
-    [(64, 64, BF16), (80, 80, FP32), (96, 12, FP16), (128, 128, BF16), (256, 256, FP32)],
-)
-def test_project(size, rank, dtype, capability):
-    columns = padded(rank)
-    constants = {"DIMS": size, "RANK": rank, "CHUNK": project.CHUNK}
-    constants |= {"COLUMNS": columns, "ROWS": project.tile_rows(columns)}
-    pointers = {"vectors": POINTERS[dtype], "encoder": "fp32", "projected": "fp32"}
-    compiled = check(project.project_rows, pointers, constants, capability, project.NUM_WARPS)
-    assert MATRIX_INSTRUCTION[capability] in compiled.ptx
+@pytest.mark.parametrize(("options", "drop"), [(1, 0), (4, 1), (4, 0), (9, 1)])
+def test_allocation(options, drop, capability):
+    constants = {"OPTIONS": options, "DROP": drop, "SHARE": allocate_kernels.SHARE}
+    constants |= {"PADDED": padded(options), "ROWS": 8, "NUMBERS": 256}
+    warps = allocate_kernels.NUM_WARPS
+    check(allocate_kernels.ask_options, constants, capability, warps)
+    check(allocate_kernels.count_options, constants, capability, warps, prices="fp64")
+    check(page_kernels.last_bracket, constants, capability, 1, prices="fp64")
+    check(page_kernels.settle, constants, capability, 1, prices="fp64", pages="fp64")
+    # Every list's part of the code is its own: nine of them are many.
+    check(
+        assign_kernel.assign, constants, capability, warps, stack=128 * (options > 4), prices="fp32"
+    )
+    if options > 1:
+        check(page_kernels.page_costs, constants, capability, warps, out="fp64")
+        check(page_kernels.give_pages, constants, capability, 4, pages="fp64")

@@ -1,105 +1,15 @@
-"""Compression with the kernels of a device."""
+"""Which compression kernels serve a device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-
-from mdkv_vllm.core.allocate import Allocation, allocate_layers
-from mdkv_vllm.core.basis import Basis
-from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.kernels import CompressionKernels
-from mdkv_vllm.core.layers import LayerGroup
-from mdkv_vllm.core.loss import Candidate
-from mdkv_vllm.core.prompt import Prompt
-from mdkv_vllm.ops.cpu import format_table  # its import also registers the operators
-
-
-class CpuKernels:
-    """:class:`mdkv_vllm.core.kernels.LayerKernels` and ``CompressionKernels`` in C++.
-
-    The result does not depend on the number of threads.
-    """
-
-    layers_at_once = 1
-    reads_pages = False
-
-    def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayerGroup:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        return LayerGroup(self, prompt, layers, bases)
-
-    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
-        return torch.bmm(vectors, encoder)
-
-    def round_trip(
-        self, keys: torch.Tensor, values: torch.Tensor, bits: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
-        return torch.ops.mdkv.round_trip(keys, values, bits)
-
-    def loss_sums(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        candidates: Sequence[Candidate],
-        span: int,
-        scale: float,
-        variant: str,
-    ) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.LayerKernels`; writes out no score matrix."""
-        return torch.ops.mdkv.loss_sums(
-            queries.flatten(1, 2),
-            keys,
-            [c.queries for c in candidates],
-            [c.keys for c in candidates],
-            span,
-            queries.shape[2],
-            scale,
-            variant == "paper",
-        )
-
-    def allocate(
-        self,
-        losses: Sequence[torch.Tensor],
-        formats: FormatSet,
-        budgets: Sequence[Sequence[int]],
-    ) -> list[Allocation]:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        return allocate_layers(self._allocate_pool, losses, formats, budgets)
-
-    def _allocate_pool(
-        self, losses: torch.Tensor, formats: FormatSet, num_pages: int
-    ) -> Allocation:
-        capacity = format_table(formats)[:, 3].long()
-        return Allocation(
-            *torch.ops.mdkv.allocate(losses.contiguous(), capacity, formats.drop, num_pages)
-        )
-
-    def pack(
-        self,
-        vectors: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        formats: FormatSet,
-        choice: torch.Tensor,
-        geometry: PageGeometry,
-        pages: torch.Tensor,
-        first_page: torch.Tensor,
-    ) -> None:
-        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
-        torch.ops.mdkv.pack_layer(
-            [keys for keys, _ in vectors],
-            [values for _, values in vectors],
-            format_table(formats),
-            choice,
-            pages[int(first_page) :],
-            geometry.dtype,
-        )
 
 
 def compression_kernels(kernels: str) -> CompressionKernels:
     """Make the compression kernels of that name, as :func:`mdkv_vllm.ops.decode.kernels_for`."""
     if kernels == "cpu":
+        from mdkv_vllm.ops.cpu_compress import CpuKernels
+
         return CpuKernels()
     from mdkv_vllm.triton_kernels.compress import TritonKernels
 

@@ -10,7 +10,6 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from mdkv_vllm.config import ConfigError
-from mdkv_vllm.ops import cpu
 from mdkv_vllm.policy import Policy
 
 
@@ -73,6 +72,8 @@ def store_tokens(
         kv_cache_dtype: vLLM's name of the cache's type.
     """
     if kv_cache.device.type == "cpu":
+        from mdkv_vllm.ops import cpu
+
         cpu.store_kv(key, value, kv_cache, slot_mapping)
         return
     keys, values = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
@@ -95,6 +96,8 @@ def load_tokens(
     heads, block_size, content = kv_cache.shape[1:]
     blocks = blocks[: -(-num_tokens // block_size)]
     if kv_cache.device.type == "cpu":
+        from mdkv_vllm.ops import cpu
+
         keys, values = torch.empty(2, heads, num_tokens, content // 2, dtype=dtype)
         cpu.load_kv(kv_cache, blocks, num_tokens, keys, values)
         return keys, values

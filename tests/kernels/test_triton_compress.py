@@ -20,7 +20,7 @@ from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.core.reference import mixed_decode
-from mdkv_vllm.ops.compress import CpuKernels
+from mdkv_vllm.ops.cpu_compress import CpuKernels
 
 pytest.importorskip("triton")
 

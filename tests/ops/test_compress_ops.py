@@ -18,7 +18,7 @@ from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.ops import cpu
-from mdkv_vllm.ops.compress import CpuKernels
+from mdkv_vllm.ops.cpu_compress import CpuKernels
 
 FAST, REFERENCE = CpuKernels(), ReferenceKernels()
 GEOMETRY = PageGeometry(16, 64, torch.bfloat16)

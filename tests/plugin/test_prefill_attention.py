@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 pytest.importorskip("vllm")
 
@@ -103,6 +104,40 @@ def expected_attention(query, keys, values, context, scale):
     hidden = torch.ones(len(query), len(keys), dtype=torch.bool).triu(context + 1)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
     return torch.einsum("hgqt,thd->qhgd", weights, values).flatten(1, 2)
+
+
+@pytest.mark.parametrize(("has_flash", "calls"), [(True, [40]), (False, [7, 7, 7, 7, 7, 5])])
+def test_torch_gets_the_whole_chunk_where_it_writes_no_scores_out(
+    tiled, monkeypatch, has_flash, calls
+):
+    from mdkv_vllm.plugin.prefill import sdpa as ours
+
+    asked, counts = [], []
+
+    def can_use_flash_attention(call):
+        asked.append((call.query.shape, call.key.shape, call.enable_gqa))
+        return has_flash
+
+    def attention(query, *args, **kwargs):
+        counts.append(query.shape[2])
+        return scaled_dot_product_attention(query, *args, **kwargs)
+
+    monkeypatch.setattr(ours, "can_use_flash_attention", can_use_flash_attention)
+    monkeypatch.setattr(ours, "scaled_dot_product_attention", attention)
+    cache = torch.randn(20, 2, BLOCK, 128)
+    blocks = torch.randperm(20)[None, :].int()
+    query, own = torch.randn(42, 6, 64), torch.empty(42, 2, 64)
+    output = torch.zeros_like(query)
+
+    step = tiled.prepare([Chunk(1, 41, 260, 0)], blocks)
+    step.attend(query, own, own, cache, 0.1, output)
+
+    assert asked == [((1, 6, 40, 64), (1, 2, 300, 64), True)]
+    assert counts == calls
+    keys, values = cache[blocks[0].long()].transpose(1, 2).flatten(0, 1)[:300].split(64, -1)
+    expected = expected_attention(query[1:41], keys.double(), values.double(), 260, 0.1)
+    torch.testing.assert_close(output[1:41].double(), expected, atol=1e-5, rtol=0)
+    assert not output[[0, 41]].any()
 
 
 @pytest.mark.parametrize(

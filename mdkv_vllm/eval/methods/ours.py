@@ -17,7 +17,7 @@ from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
 from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, full_cache
 from mdkv_vllm.eval.model import EvalModel
-from mdkv_vllm.ops.compress import CpuKernels
+from mdkv_vllm.ops.cpu_compress import CpuKernels
 from mdkv_vllm.policy import Policy
 
 

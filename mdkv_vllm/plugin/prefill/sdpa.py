@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -50,7 +51,7 @@ class SdpaStep:
             keys, values = load_tokens(
                 kv_cache, self.block_table[chunk.row], chunk.total, query.dtype
             )
-            at_once = max(1, SCORE_ELEMENTS // (query.shape[1] * chunk.total))
+            at_once = _rows_at_once(query[chunk.start : chunk.stop], keys, values)
             for first in range(0, chunk.tokens, at_once):
                 count = min(at_once, chunk.tokens - first)
                 seen = chunk.context + first + count
@@ -64,3 +65,25 @@ class SdpaStep:
                     enable_gqa=True,
                 )
                 output[rows] = result.squeeze(0).transpose(0, 1)
+
+
+def _rows_at_once(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> int:
+    """Query tokens per call: all of them where torch's flash attention takes the call.
+
+    Args:
+        query: ``[tokens, query_heads, head_size]``.
+        keys: ``[kv_heads, keys, head_size]``.
+        values: same shape.
+    """
+    call = SDPAParams(
+        query.transpose(0, 1).unsqueeze(0),
+        keys.unsqueeze(0),
+        values.unsqueeze(0),
+        None,
+        0,
+        False,
+        True,
+    )
+    if can_use_flash_attention(call):
+        return query.shape[0]
+    return max(1, SCORE_ELEMENTS // (query.shape[1] * keys.shape[1]))

@@ -38,11 +38,60 @@ MDKV_DEVICE void for_runs(const DecodeArgs& args, int unit, Body&& body) {
 }
 
 constexpr int kMaxMergeThreads = 512;
+constexpr int kMergeParts = 8;  // that a thread loads before it computes with the first
 constexpr float kNone = -INFINITY;
+
+// The largest of all threads' numbers, found by the first warp: the last may not be whole.
+// `scratch` has room for a float per thread.
+MDKV_DEVICE float block_maximum(float x, uint32_t scratch) {
+  store_shared32(scratch + 4 * thread_index(), as_bits(x));
+  sync_block();
+  if (thread_index() < 32) {
+    for (int other = thread_index() + 32; other < num_threads(); other += 32) {
+      x = fmaxf(x, as_float(load_shared32(scratch + 4 * other)));
+    }
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) {
+      x = fmaxf(x, as_float(shuffle_xor(as_bits(x), mask)));
+    }
+    sync_warp();
+    if (thread_index() == 0) store_shared32(scratch, as_bits(x));
+  }
+  sync_block();
+  return as_float(load_shared32(scratch));
+}
+
+// A slice's share of a run's parts: adds their weights, and their weighted values in a dimension.
+// The parts' loads come first, all of them, for none depends on another.
+MDKV_DEVICE void add_parts(const DecodeArgs& args, const Parts& parts, int row, int dim, int rank,
+                           int slice, int slices, float top, float& weight, float& sum) {
+  const bool held = dim < rank;
+  const float* all_lse = args.part_lse + parts.first * args.rows + row;
+  const float* all_values =
+      args.part_out + (parts.first * args.rows + row) * args.head_size + (held ? dim : 0);
+  for (int begin = slice; begin < parts.count; begin += kMergeParts * slices) {
+    float lse[kMergeParts], value[kMergeParts];
+#pragma unroll
+    for (int j = 0; j < kMergeParts; ++j) {
+      const int i = begin + j * slices;
+      const bool exists = i < parts.count;
+      const int at = (exists ? i : begin) * args.rows;
+      const float read = all_lse[at], out = all_values[at * args.head_size];
+      lse[j] = exists ? read : kNone;
+      value[j] = exists && held ? out : 0.0f;
+    }
+#pragma unroll
+    for (int j = 0; j < kMergeParts; ++j) {
+      const float share = exp2_approximate(lse[j] - top);
+      weight += share;
+      sum += share * value[j];
+    }
+  }
+}
 
 // Grid: query heads, unit by unit (rows of every unit). Threads: head_size times slices of parts.
 // Shared memory: floats, three spaces of head_size for every slice, and a weight per slice.
-__global__ void __launch_bounds__(kMaxMergeThreads, 2)
+__global__ void __launch_bounds__(kMaxMergeThreads)
     merge_parts(const __grid_constant__ DecodeArgs args) {
   const int size = args.head_size;
   const int unit = block_index() / args.rows, row = block_index() % args.rows;
@@ -59,20 +108,16 @@ __global__ void __launch_bounds__(kMaxMergeThreads, 2)
   float top = kNone, weight = 0, sum[3] = {0, 0, 0};
   if (args.unit_pages[unit] > 0) {
     for_runs(args, unit, [&](int, Parts parts) {
-      for (int i = 0; i < parts.count; ++i) {
+      for (int i = thread_index(); i < parts.count; i += num_threads()) {
         top = fmaxf(top, args.part_lse[(parts.first + i) * args.rows + row]);
       }
     });
+    top = block_maximum(top, sums);
+    sync_block();  // the sums take its place
     for_runs(args, unit, [&](int run, Parts parts) {
       const Run& of = args.runs[run];
       float run_sum = 0;
-#pragma unroll 8
-      for (int i = slice; i < parts.count; i += slices) {
-        const int64_t at = (parts.first + i) * args.rows + row;
-        const float share = exp2_approximate(args.part_lse[at] - top);
-        weight += share;
-        if (dim < of.rank) run_sum += share * args.part_out[at * size + dim];
-      }
+      add_parts(args, parts, row, dim, of.rank, slice, slices, top, weight, run_sum);
       // Indexed by constants, to stay in registers.
       if (of.rotation == MDKV_IDENTITY) sum[0] += run_sum;
       if (of.rotation == MDKV_BASIS) sum[1] += run_sum;

@@ -79,6 +79,7 @@ MDKV_EXPORT int mdkv_cuda_make_plan(const mdkv_shape* shape, mdkv_plan* plan) {
   const Kernel kernel = attend_kernel(shape->head_size);
   int limit = 0;
   if (const char* why = shared_limit(limit)) return fail(why);
+  if (const char* why = allow_shared(kernel, limit)) return fail(why);
   // As many warps as fit; among equals, the deepest ring.
   plan->warps = 0;
   for (int stages = kMaxStages; stages >= kMinStages; --stages) {
@@ -92,9 +93,6 @@ MDKV_EXPORT int mdkv_cuda_make_plan(const mdkv_shape* shape, mdkv_plan* plan) {
     return fail("pages of " + std::to_string(args.page_bytes) + " bytes do not fit " +
                 std::to_string(limit) + " bytes of shared memory twice; use a smaller block size");
   }
-  // The attribute is that of the last candidate until it is set again.
-  int warps = 0;
-  if (const char* why = resident_warps(kernel, plan->shared_bytes, warps)) return fail(why);
   return 0;
 }
 

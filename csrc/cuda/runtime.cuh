@@ -26,17 +26,20 @@ inline const char* shared_limit(int& bytes) {
   return reason(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
-// Lets a kernel have that much, and counts the blocks of one warp that are resident at once.
+// Lets launches of a kernel have so much shared memory. It holds for all of them, whatever their
+// shape, so it is the most that the device gives.
+inline const char* allow_shared(Kernel kernel, int bytes) {
+  return reason(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
+// Blocks of one warp with so much shared memory that are resident at once.
 inline const char* resident_warps(Kernel kernel, int shared_bytes, int& warps) {
   const void* function = reinterpret_cast<const void*>(kernel);
   int device = 0, multiprocessors = 0, blocks = 0;
   if (const char* why = reason(cudaGetDevice(&device))) return why;
   if (const char* why = reason(
           cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device))) {
-    return why;
-  }
-  if (const char* why = reason(cudaFuncSetAttribute(
-          function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))) {
     return why;
   }
   if (const char* why = reason(

@@ -38,8 +38,9 @@ class Arguments:
     max_queries: int = 2
 
 
-def arguments():
-    case = Case(Model(query_dtype=torch.bfloat16), [Request(6, 5), Request(0, 9)])
+def arguments(block_size=16):
+    model = Model(query_dtype=torch.bfloat16, block_size=block_size)
+    case = Case(model, [Request(6, 5), Request(0, 9)])
     query = case.query(2, 6, 64)
     return case, Arguments(
         query,
@@ -117,6 +118,33 @@ def test_stages_fit(process, device, head_size):
     assert warps > 0
     assert 2 <= stages <= 4
     assert stages * layout.geometry.page_bytes < size <= limit << 10
+
+
+def decode_after_another_plan(layout, small, a):
+    """In the process: a plan of large pages, one of small pages, then a call by the first."""
+    cuda.library().mdkv_host_device(227 << 10)
+    tables = cuda.DecodeTables.build(layout, 3, None, CPU)
+    workspace = cuda.DecodeWorkspace.allocate(tables.shape, 2, CPU)
+    other = cuda.DecodeWorkspace.allocate(
+        cuda.DecodeTables.build(small, 3, None, CPU).shape, 1, CPU
+    )
+    try:
+        requests = (a.block_table, a.query_rows, a.lengths, a.leases)
+        cuda.mixed_decode(a.query, a.arena, 0, tables, *requests, 1.0, a.output, workspace)
+    except cuda.CudaKernelError as error:
+        return str(error), workspace.plan.shared_bytes, other.plan.shared_bytes
+    return "", workspace.plan.shared_bytes, other.plan.shared_bytes
+
+
+def test_a_plan_leaves_another_shape_its_shared_memory(process):
+    """What launches may have is the kernel's, and shapes of one head size share the kernel."""
+    case, right = arguments(block_size=128)
+    small = Model(("i4",), block_size=8).layout()
+    job = process.submit(decode_after_another_plan, case.layout, small, right)
+    refused, needed, other = job.result()
+    assert refused == ""
+    assert other < needed
+    assert needed > 48 << 10
 
 
 def with_format(layout, **changes):

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -332,8 +333,15 @@ uint32_t ballot(bool vote) {
   return votes;
 }
 
+// Of a launch, by kernel; 48 KiB without a word.
+std::map<Kernel, int> allowed_shared;
+
 const char* launch(Kernel kernel, int blocks, int threads, int shared_bytes, void*,
                    const DecodeArgs& args) {
+  const auto allowed = allowed_shared.find(kernel);
+  if (shared_bytes > (allowed == allowed_shared.end() ? 48 << 10 : allowed->second)) {
+    return "more shared memory than the kernel may have";
+  }
   block.kernel = kernel;
   block.args = &args;
   for (int i = 0; i < blocks; ++i) {
@@ -346,6 +354,11 @@ const char* launch(Kernel kernel, int blocks, int threads, int shared_bytes, voi
 
 const char* shared_limit(int& bytes) {
   bytes = device_shared_bytes;
+  return nullptr;
+}
+
+const char* allow_shared(Kernel kernel, int bytes) {
+  allowed_shared[kernel] = bytes;
   return nullptr;
 }
 

@@ -86,6 +86,7 @@ using Kernel = void (*)(DecodeArgs);
 const char* launch(Kernel kernel, int blocks, int threads, int shared_bytes, void* stream,
                    const DecodeArgs& args);
 const char* shared_limit(int& bytes);
+const char* allow_shared(Kernel kernel, int bytes);
 const char* resident_warps(Kernel kernel, int shared_bytes, int& warps);
 
 }  // namespace mdkv

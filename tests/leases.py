@@ -119,6 +119,10 @@ class Case:
             fmt, count = layout.formats.formats[column], int(tokens[layer, head, column])
             at = int(table[layer, head, column, 1])
             keys, values = self.randn(count, fmt.rank), self.randn(count, fmt.rank)
+            # Vectors of nothing, and of next to nothing, weigh as much as others.
+            tiny = torch.rand(count, generator=self.gen)
+            values[tiny < 0.1] = 0
+            values[tiny > 0.95] *= 1e-35
             packed = pack_list(keys, values, fmt, layout.geometry)
             if count % fmt.tokens_per_page:
                 poison_unused(packed[-1], count % fmt.tokens_per_page, fmt, layout.geometry)

@@ -14,6 +14,18 @@ from .addresses import lease_page
 from .codes import load_byte_rows, unpack, unpack_field
 from .softmax import LOWEST, absorb, dot, raise_maximum
 
+LEAST_EXPONENT = tl.constexpr(-40)
+
+
+@triton.jit
+def value_exponent(bits):
+    """The part of a scale of V that joins the score, from the bfloat16's bits as int32.
+
+    Bounded, for a token weighs as much as others though its value be next to nothing, and its
+    weight would vanish among theirs.
+    """
+    return tl.maximum((bits >> 7) - 127, LEAST_EXPONENT)
+
 
 @triton.jit
 def attend_codes(
@@ -35,6 +47,7 @@ def attend_codes(
     No code is multiplied by its scale. The scale of K multiplies the score, where the zero
     point leaves as well. That of V, ``2 ** e * f`` with ``1 <= f < 2``, is split: ``e`` joins
     the score, which keeps the weights within float16 whatever the scales; ``f`` the weight.
+    See :func:`value_exponent` for vectors of nothing.
 
     Args:
         query: ``[rows, padded_rank]`` of the list's ``dot_type``, in the format's space.
@@ -90,7 +103,7 @@ def attend_codes(
             keys = unpack_field(packed_keys, BITS, field, TYPE)
             # A bfloat16 is the upper half of a float32.
             key_scale = (key_scales[field].to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-            exponent = ((value_scales[field] >> 7) - 127).to(tl.float32)
+            exponent = value_exponent(value_scales[field]).to(tl.float32)
             score = (dot(query, keys, None) - zero_score) * (key_scale * scale)[None, :]
             score = tl.where(in_list[field][None, :], score + exponent[None, :], float("-inf"))
             scores += (score,)
@@ -101,9 +114,10 @@ def attend_codes(
         for field in tl.static_range(FIELDS):
             value_scale = value_scales[field]
             weight = tl.exp2(scores[field] - raised[:, None])
-            unscaled = ((254 - (value_scale >> 7)) << 23).to(tl.float32, bitcast=True)
+            unscaled = (127 - value_exponent(value_scale)) << 23
+            unscaled = unscaled.to(tl.float32, bitcast=True)
             weights += weight * unscaled[None, :]
-            fraction = (((value_scale & 0x7F) | 0x3F80) << 16).to(tl.float32, bitcast=True)
+            fraction = (value_scale << 16).to(tl.float32, bitcast=True) * unscaled
             codes = unpack(packed_values[field], BYTES, VALUE_BYTES, BITS, TYPE)
             centred = codes - tl.full([], LIST.bias, TYPE)
             values = dot((weight * fraction[None, :]).to(TYPE), centred, values)

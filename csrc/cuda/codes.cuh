@@ -2,7 +2,9 @@
 //
 // No code is multiplied by its scale. The scale of K multiplies the score, where the zero point
 // leaves as well. That of V, 2 ** e * f with 1 <= f < 2, is split: e joins the score, which keeps
-// the weights within float16 whatever the scales; f joins the weight.
+// the weights within float16 whatever the scales; f joins the weight. A scale below 2 ** -40 (of a
+// vector of nothing, that is) leaves the score alone from there on: its token's weight would vanish
+// among the others' otherwise, and it counts as much as theirs.
 //
 // A code becomes a float16 by becoming bits of its mantissa: 0x6400 | code is 1024 + code, and
 // with the code `at` bits further up it is 2 ** (10 - at) + code, fine enough for zero points of
@@ -14,6 +16,7 @@
 namespace mdkv {
 
 constexpr int kColumns = 32;  // bytes of every row that are read at a time
+constexpr int kLeastExponent = -40;
 
 // Where a field's codes go in each half of a word.
 MDKV_BOTH constexpr int code_place(int bits, int field) {
@@ -228,6 +231,12 @@ MDKV_DEVICE uint32_t value_scale(const CodeToken& token, const List& list) {
   return token.exists ? load_shared16(token.scale_at + 2 * list.tokens_per_page) : 0;
 }
 
+// The part of a scale of V that joins the score, from its bfloat16 bits.
+MDKV_DEVICE int value_exponent(uint32_t bits) {
+  const int exponent = static_cast<int>(bits >> 7) - 127;
+  return exponent > kLeastExponent ? exponent : kLeastExponent;
+}
+
 // Products of queries and codes to scores; raises the maxima.
 template <int D, int kBits>
 MDKV_DEVICE void finish_scores(State<D>& state, float (&scores)[8 / kBits][2][4],
@@ -242,7 +251,7 @@ MDKV_DEVICE void finish_scores(State<D>& state, float (&scores)[8 / kBits][2][4]
       const CodeToken token = code_token(page, list, first, 2 * kField + half, lower);
       // A bfloat16 is the upper half of a float.
       const float key_scale = as_float(load_shared16(token.scale_at) << 16) * page.scale;
-      const int exponent = static_cast<int>(value_scale(token, list) >> 7) - 127;
+      const int exponent = value_exponent(value_scale(token, list));
 #pragma unroll
       for (int head = 0; head < 2; ++head) {
         float& score = scores[kField][half][2 * lower + head];
@@ -264,8 +273,8 @@ MDKV_DEVICE void weigh(State<D>& state, uint32_t (&weights)[2], const float (&sc
   for (int lower = 0; lower < 2; ++lower) {
     // Read again rather than kept: registers are scarcer.
     const uint32_t bits = value_scale(code_token(page, list, first, product, lower), list);
-    const float unscaled = as_float((254 - (bits >> 7)) << 23);
-    const float fraction = as_float(((bits & 0x7F) | 0x3F80) << 16);
+    const float unscaled = as_float(static_cast<uint32_t>(127 - value_exponent(bits)) << 23);
+    const float fraction = as_float(bits << 16) * unscaled;
     float weight[2];
 #pragma unroll
     for (int head = 0; head < 2; ++head) {

@@ -72,7 +72,8 @@ uint32_t pack_float16x2(float low, float high);
 uint32_t pack_bfloat16x2(float low, float high);
 float float_of_float16(uint32_t bits);
 
-inline float exp2_approximate(float x) { return std::exp2(x); }
+// A GPU's flushes to zero what is not normal.
+inline float exp2_approximate(float x) { return x < -126 ? 0 : std::exp2(x); }
 inline float log2_approximate(float x) { return std::log2(x); }
 inline float reciprocal_approximate(float x) { return 1.0f / x; }
 

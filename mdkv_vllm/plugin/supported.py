@@ -12,6 +12,11 @@ GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
 """What the GPU kernels are compiled for and checked with."""
 
 
+MAX_GPU_BLOCK_SIZE = 48
+"""Tokens of a block on GPUs. A page is a block's share of one head, and kernels hold whole pages in
+shared memory: of 64 tokens or more, too few fit a multiprocessor to keep its memory busy."""
+
+
 def refuse_unsupported(vllm_config: VllmConfig, device_type: str) -> None:
     """Raise if the server asks for something that leases cannot carry yet.
 
@@ -73,4 +78,10 @@ def _not_on_gpus(vllm_config: VllmConfig) -> list[str]:
     if not model.use_mla and model.get_head_size() not in GPU_HEAD_SIZES:
         sizes = ", ".join(map(str, GPU_HEAD_SIZES))
         problems.append(f"heads of {model.get_head_size()} dimensions on GPUs (allowed: {sizes})")
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size and cache.block_size > MAX_GPU_BLOCK_SIZE:
+        problems.append(
+            f"--block-size {cache.block_size} on GPUs, whose kernels hold whole pages in shared "
+            f"memory (allowed: up to {MAX_GPU_BLOCK_SIZE}; 16 unless told otherwise)"
+        )
     return problems

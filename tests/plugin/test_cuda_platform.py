@@ -90,15 +90,16 @@ def test_platform_and_worker():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "cache", "head_size", "message"),
+    ("dtype", "cache", "head_size", "block_size", "message"),
     [
-        ("float32", "auto", 128, "--dtype torch.float32 on GPUs (allowed: float16, bfloat16)"),
-        ("bfloat16", "float16", 128, "--kv-cache-dtype float16 beside --dtype torch.bfloat16"),
-        ("bfloat16", "auto", 112, "heads of 112 dimensions on GPUs (allowed: 64, 80,"),
-        ("bfloat16", "bfloat16", 128, ""),
+        ("float32", "auto", 128, 16, "--dtype torch.float32 on GPUs (allowed: float16, bfloat16)"),
+        ("bfloat16", "float16", 128, 16, "--kv-cache-dtype float16 beside --dtype torch.bfloat16"),
+        ("bfloat16", "auto", 112, 16, "heads of 112 dimensions on GPUs (allowed: 64, 80,"),
+        ("bfloat16", "auto", 128, 64, "--block-size 64 on GPUs"),
+        ("bfloat16", "bfloat16", 128, 32, ""),
     ],
 )
-def test_refusals_name_the_flag(dtype, cache, head_size, message):
+def test_refusals_name_the_flag(dtype, cache, head_size, block_size, message):
     from types import SimpleNamespace
 
     import torch
@@ -108,7 +109,10 @@ def test_refusals_name_the_flag(dtype, cache, head_size, message):
     model = SimpleNamespace(
         dtype=getattr(torch, dtype), use_mla=False, get_head_size=lambda: head_size
     )
-    config = SimpleNamespace(model_config=model, cache_config=SimpleNamespace(cache_dtype=cache))
+    cache_config = SimpleNamespace(
+        cache_dtype=cache, block_size=block_size, user_specified_block_size=True
+    )
+    config = SimpleNamespace(model_config=model, cache_config=cache_config)
     problems = "; ".join(_not_on_gpus(config))
     assert message in problems
     assert bool(problems) == bool(message)

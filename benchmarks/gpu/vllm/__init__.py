@@ -1,0 +1,1 @@
+"""vLLM itself on a bare GPU machine: what is carried there, and what is run."""

@@ -35,7 +35,48 @@ EXTENSIONS = (
 )
 LEFT_OUT = ("vllm/third_party/", "vllm/vllm-rs", "vllm/benchmarks/")
 """Of vLLM's files: other GPUs' kernels and their headers, and a front end that is not started."""
-WHEELS = ["annotated-types", "apache-tvm-ffi", "cachetools", "cbor2", "dill", "dnspython", "email-validator", "fastapi", "googleapis-common-protos", "httpcore2", "httpx2", "jiter", "llguidance", "msgspec", "openai", "opentelemetry-api", "opentelemetry-exporter-http-transport", "opentelemetry-exporter-otlp", "opentelemetry-exporter-otlp-proto-common", "opentelemetry-exporter-otlp-common", "opentelemetry-exporter-otlp-proto-grpc", "opentelemetry-exporter-otlp-proto-http", "opentelemetry-proto", "opentelemetry-sdk", "opentelemetry-semantic-conventions", "opentelemetry-semantic-conventions-ai", "oss-harmony", "partial-json-parser", "pybase64", "pydantic", "pydantic-core", "pydantic-extra-types", "python-multipart", "pyzmq", "setproctitle", "sniffio", "starlette", "truststore", "typing-inspection", "xgrammar"]
+WHEELS = [
+    "annotated-types",
+    "apache-tvm-ffi",
+    "cachetools",
+    "cbor2",
+    "dill",
+    "dnspython",
+    "email-validator",
+    "fastapi",
+    "googleapis-common-protos",
+    "httpcore2",
+    "httpx2",
+    "jiter",
+    "llguidance",
+    "msgspec",
+    "openai",
+    "opentelemetry-api",
+    "opentelemetry-exporter-http-transport",
+    "opentelemetry-exporter-otlp",
+    "opentelemetry-exporter-otlp-proto-common",
+    "opentelemetry-exporter-otlp-common",
+    "opentelemetry-exporter-otlp-proto-grpc",
+    "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry-proto",
+    "opentelemetry-sdk",
+    "opentelemetry-semantic-conventions",
+    "opentelemetry-semantic-conventions-ai",
+    "oss-harmony",
+    "partial-json-parser",
+    "pybase64",
+    "pydantic",
+    "pydantic-core",
+    "pydantic-extra-types",
+    "python-multipart",
+    "pyzmq",
+    "setproctitle",
+    "sniffio",
+    "starlette",
+    "truststore",
+    "typing-inspection",
+    "xgrammar",
+]
 """What vLLM imports and the machine lacks, at the versions of requirements/cuda.txt."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 24, 17, 12, 5)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]

@@ -19,15 +19,6 @@ constexpr int kPadding = 16 * kChunk;
 // Chunks are moved among the 8 of their group by higher bits of their number.
 MDKV_BOTH int swizzled(int chunk, int by) { return chunk ^ ((chunk >> by) & 7); }
 
-// Where chunk `n` of a page is put, in bytes.
-MDKV_DEVICE int place_of_chunk(const List& list, int n) {
-  if (n < list.first_value_chunk) return swizzled(n, list.key_swizzle) * kChunk;
-  if (n < list.last_value_chunk) {
-    return list.values_at + swizzled(n - list.first_value_chunk, list.value_swizzle) * kChunk;
-  }
-  return list.scales_at + (n - list.last_value_chunk) * kChunk;
-}
-
 // A group's queries as right sides of products: two words per 16 dimensions.
 template <int D>
 struct Query {

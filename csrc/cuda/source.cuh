@@ -96,8 +96,13 @@ class PageSource {
     const uint8_t* from = address_of(page_ & 31);
     const uint32_t to = places_.stages + stage * args_.stage_bytes;
     const int chunks = list.reader == kSlots ? tokens * (list.key_row / kChunk) : list.chunks;
-    for (int n = lane_; n < chunks; n += 32) {
-      copy_async(to + place_of_chunk(list, n), from + n * kChunk);
+    const int keys = chunks < list.first_value_chunk ? chunks : list.first_value_chunk;
+    copy_section(to, from, keys, list.key_swizzle);
+    if (chunks > keys) {
+      const int values = list.last_value_chunk - keys;
+      copy_section(to + list.values_at, from + keys * kChunk, values, list.value_swizzle);
+      copy_section(to + list.scales_at, from + list.last_value_chunk * kChunk,
+                   chunks - list.last_value_chunk, kNoSwizzle);
     }
     if (lane_ == 0) {
       const uint32_t ticket = places_.tickets + stage * kTicketWords * 4;
@@ -110,6 +115,13 @@ class PageSource {
   }
 
  private:
+  // Starts the copy of chunks that lie one after the other, each swizzled to its place.
+  MDKV_DEVICE void copy_section(uint32_t to, const uint8_t* from, int chunks, int swizzle) const {
+    for (int n = lane_; n < chunks; n += 32) {
+      copy_async(to + swizzled(n, swizzle) * kChunk, from + n * kChunk);
+    }
+  }
+
   MDKV_DEVICE void open_unit() {
     // The merge finds a unit's parts by its first page.
     if (page_ == 0 && lane_ == 0) args_.unit_begin[unit_] = number_;

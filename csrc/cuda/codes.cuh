@@ -54,7 +54,7 @@ MDKV_DEVICE uint32_t unpack(uint32_t word) {
   constexpr uint32_t kMagic = twice(static_cast<uint32_t>(25 - kPlace) << 10);
   const uint32_t moved =
       kShift >= 0 ? word >> (kShift >= 0 ? kShift : 0) : word << (kShift >= 0 ? 0 : -kShift);
-  return (moved & kMask) | kMagic;
+  return mask_and_set(moved, kMask, kMagic);
 }
 
 // The same without the bias.

@@ -54,6 +54,7 @@ uint32_t transpose_matrix(uint32_t m);
 void multiply_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
+inline uint32_t mask_and_set(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select) {
   const uint64_t pool = uint64_t{high} << 32 | low;
   uint32_t chosen = 0;

@@ -116,6 +116,9 @@ run_step default-model "$(hash_of requirements/default-model.txt)" \
 if "$with_dev"; then
     run_step dev "$(hash_of requirements/dev.txt)" "development tools (requirements/dev.txt)" \
         install_requirements requirements/dev.txt
+    run_step triton-oldest "$(hash_of requirements/triton-oldest.txt)" \
+        "the oldest Triton, beside (requirements/triton-oldest.txt)" \
+        pip_install --upgrade --target "$VENV/triton-3.6" -r requirements/triton-oldest.txt
     run_step eval "$(hash_of requirements/eval.txt)" \
         "methods to compare with (requirements/eval.txt)" install_requirements requirements/eval.txt
     run_step prometheus "$(hash_of scripts/setup-prometheus.sh)" \

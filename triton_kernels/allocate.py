@@ -15,7 +15,7 @@ option), gains (4 per option), and its choice (1).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -78,8 +78,11 @@ def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.devi
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def _on_device(numbers: Sequence[float], device: torch.device) -> torch.Tensor:
-    """float64 ``[numbers]``, copied without waiting."""
+@lru_cache(maxsize=256)
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """float64 ``[numbers]``, copied without waiting; once for prompts of a length, so that a graph
+    that was captured after one of them copies nothing.
+    """
     host = torch.tensor(numbers, dtype=torch.float64)
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
@@ -110,7 +113,7 @@ class _Pools:
         per_token = tuple(1 / c if c else 0.0 for c in capacity)
         # Where option 0 is a list, its last page may be part empty.
         spare = 0.0 if self._drop else self._per_pool * (1 - 1 / capacity[0])
-        both = _on_device([*pages, *(number - spare for number in pages)], losses.device)
+        both = _on_device((*pages, *(number - spare for number in pages)), losses.device)
         self._pages, self._budgets = both[: self._pools], both[self._pools :]
         dearer = [cost - per_token[0] for cost in per_token if cost > per_token[0]]
         self._least_cost = min(dearer, default=1.0)
@@ -150,8 +153,8 @@ class _Pools:
         for search in range(_ROUNDS):
             ask_options[(triton.cdiv(self._span, SHARE), self._rows)](
                 *self._source(), self._per_pool, self._costs, self._budgets, most,
-                1 / self._least_cost, brackets, counts, search, OPTIONS=options, SHARE=SHARE,
-                num_warps=NUM_WARPS,
+                1 / self._least_cost, brackets, counts, search, OPTIONS=options,
+                PADDED=triton.next_power_of_2(options), SHARE=SHARE, num_warps=NUM_WARPS,
             )  # fmt: skip
         prices = torch.empty(pools, 3, dtype=torch.float64, device=device)
         last_bracket[(pools,)](

@@ -103,7 +103,7 @@ def bracket(brackets, counts, costs, budget, OPTIONS: tl.constexpr):
 @triton.jit(do_not_specialize=["heads", "span", "rows_per_pool", "round"])
 def ask_options(
     losses, heads, span, rows_per_pool, costs, budgets, most, per_page, brackets, counts, round,
-    OPTIONS: tl.constexpr, SHARE: tl.constexpr,
+    OPTIONS: tl.constexpr, PADDED: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Count the options that tokens choose at ``PRICES`` prices of their pool. Grid: shares, rows.
 
@@ -117,6 +117,7 @@ def ask_options(
             searches; each writes its own.
         counts: int32 ``[rounds, pools, PRICES, OPTIONS]``, zero; this round's are added to.
         round: which.
+        PADDED: a power of two, at least OPTIONS.
     """
     row = tl.program_id(1)
     pool = row // rows_per_pool
@@ -137,16 +138,18 @@ def ask_options(
     start = row_start(losses, row, heads, span, OPTIONS)
     stride = heads.to(tl.int64) * span
     counts += (round * pools + pool) * size
-    for option in tl.static_range(OPTIONS):
-        cost = tl.load(costs + option).to(tl.float32)
-        held = tl.zeros([PRICES, TILE], tl.int32)
-        begin = tl.program_id(0) * SHARE
-        for first in tl.range(begin, tl.minimum(begin + SHARE, span), TILE):
-            token = first + tl.arange(0, TILE)
-            exists = token < span
-            _, taken = cheapest(start, stride, costs, price, token, exists, OPTIONS)
-            held += ((taken == cost) & exists[None, :]).to(tl.int32)
-        tl.atomic_add(counts + number * OPTIONS + option, tl.sum(held, axis=1))
+    held = tl.zeros([PRICES, PADDED], tl.int32)
+    column = tl.arange(0, PADDED)[None, :]
+    begin = tl.program_id(0) * SHARE
+    for first in tl.range(begin, tl.minimum(begin + SHARE, span), TILE):
+        token = first + tl.arange(0, TILE)
+        exists = token < span
+        _, taken = cheapest(start, stride, costs, price, token, exists, OPTIONS)
+        for option in tl.static_range(OPTIONS):
+            cost = tl.load(costs + option).to(tl.float32)
+            mine = ((taken == cost) & exists[None, :]).to(tl.int32)
+            held += tl.where(column == option, tl.sum(mine, axis=1)[:, None], 0)
+    tl.atomic_add(counts + number[:, None] * OPTIONS + column, held, mask=column < OPTIONS)
 
 
 @triton.jit(do_not_specialize=["heads", "span", "rows_per_pool"])

@@ -85,8 +85,9 @@ def load_slots(
     held = valid & (slot < count)
     token = tl.load(tokens + slot, mask=held, other=0)
     offsets = key_offsets(blocks, layer_page, token, held, SHAPE)
-    if LIST.space.moves:
-        rows = rotated_rows(arena, offsets, held, matrix, column, wanted, LIST.space)
+    SPACE: tl.constexpr = LIST.space
+    if SPACE.moves:
+        rows = rotated_rows(arena, offsets, held, matrix, column, wanted, SPACE)
     else:
         rows = load_rows(arena, offsets, held, 0, LIST.rank, LIST.padded_rank).to(tl.float32)
     return rows, held
@@ -212,6 +213,7 @@ def pack_list_page(
         pages: written, uint8 ``[num_pages, page_bytes]``; a page beyond them is not.
         FORMAT: which format.
     """
+    SPACE: tl.constexpr = LIST.space
     number = tl.program_id(0)
     row = tl.program_id(1)
     entry = row * FORMATS + FORMAT
@@ -222,8 +224,8 @@ def pack_list_page(
         page = pages + at * LIST.page_bytes
         tokens = order + entry.to(tl.int64) * span + first
         layer_page = page_of(first_layer, row, SHAPE)
-        key_matrix = matrix_of(hadamard, key_basis, row, LIST.space)
-        value_matrix = matrix_of(hadamard, value_basis, row, LIST.space)
+        key_matrix = matrix_of(hadamard, key_basis, row, SPACE)
+        value_matrix = matrix_of(hadamard, value_basis, row, SPACE)
         if LIST.quantised:
             pack_key_codes(arena, blocks, layer_page, tokens, count, key_matrix, page, LIST, SHAPE)
             pack_value_codes(

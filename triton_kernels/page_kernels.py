@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .allocate_kernels import (
     BELOW,
+    PRICES,
     STEPS,
     TILE,
     bracket,
@@ -18,7 +19,7 @@ from .allocate_kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["per_pool"])
+@triton.jit
 def last_bracket(brackets, counts, costs, budgets, prices, OPTIONS: tl.constexpr):
     """The prices at which options are counted exactly. Grid: pools.
 
@@ -29,7 +30,11 @@ def last_bracket(brackets, counts, costs, budgets, prices, OPTIONS: tl.constexpr
     """
     pool = tl.program_id(0)
     low, high = bracket(
-        brackets + 2 * pool, counts + pool * 16 * OPTIONS, costs, tl.load(budgets + pool), OPTIONS
+        brackets + 2 * pool,
+        counts + pool * PRICES * OPTIONS,
+        costs,
+        tl.load(budgets + pool),
+        OPTIONS,
     )
     tl.store(prices + 3 * pool, 0.0)
     tl.store(prices + 3 * pool + 1, tl.exp2(low))

@@ -85,10 +85,11 @@ def held_keys(
         what they are to be multiplied by, ``[tokens]``.
     """
     FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    SPACE: tl.constexpr = FORMAT.space
     dim = tl.arange(0, FORMAT.padded_rank)
     wanted = dim < FORMAT.rank
-    matrix = matrix_of(hadamard, basis, head, FORMAT.space)
-    keys = rotated_rows(arena, offsets, exists, matrix, dim, wanted, FORMAT.space)
+    matrix = matrix_of(hadamard, basis, head, SPACE)
+    keys = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
     if FORMAT.quantised:
         codes, bits = quantise_rows(keys, wanted[None, :], FORMAT.rank, FORMAT.bits, FORMAT.step)
         held = tl.where(wanted[None, :], codes, 0.0)
@@ -319,10 +320,11 @@ def value_lost(
         NUMBER: which of ``SHAPE.candidates``.
     """
     FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    SPACE: tl.constexpr = FORMAT.space
     dim = tl.arange(0, FORMAT.padded_rank)
     wanted = dim < FORMAT.rank
-    matrix = matrix_of(hadamard, basis, head, FORMAT.space)
-    kept = rotated_rows(arena, offsets, exists, matrix, dim, wanted, FORMAT.space)
+    matrix = matrix_of(hadamard, basis, head, SPACE)
+    kept = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
     lost = tl.zeros_like(square)
     if FORMAT.rank < SHAPE.dims:
         # Orthonormal columns: what the projection loses is what it does not hold.

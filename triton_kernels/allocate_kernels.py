@@ -1,8 +1,7 @@
 """Passes over tokens that :mod:`mdkv_vllm.triton_kernels.allocate` is made of.
 
 A row is one KV head of one layer, a pool some rows that share pages. What programs add up together
-are integers, so that a prompt gives the same pages in every run whatever their order. Order
-statistics are found by their bits: four at a time, sixteen thresholds are counted in one pass.
+are integers, so that a prompt gives the same pages in every run whatever their order.
 """
 
 from __future__ import annotations
@@ -33,8 +32,6 @@ BELOW = tl.constexpr(1)
 
 RANGE = tl.constexpr(40.0)
 """Powers of two from the highest price that any token could pay down to where the search starts."""
-
-LOWEST = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -194,47 +191,3 @@ def count_options(
     out = row * number + tl.program_id(1)
     tl.store(counts + out * OPTIONS + option, tl.sum(held, axis=1), mask=option < OPTIONS)
     tl.store(totals + out, tl.sum(tl.sum(total, axis=1), axis=0))
-
-
-@triton.jit
-def ordered(x):
-    """int32 that compare as float32 do."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def float_of_ordered(bits):
-    """Inverse of :func:`ordered`, for one number."""
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def load_ordered(row, first, span):
-    """A tile of a row of gains, by :func:`ordered`; the least integer where there is no token."""
-    token = first + tl.arange(0, TILE)
-    exists = token < span
-    x = ordered(tl.load(row + token, mask=exists, other=0))
-    return tl.where(exists, x, LOWEST)
-
-
-@triton.jit
-def kth_largest(row, span, rank):
-    """The ``rank``-th largest of a row of gains, by :func:`ordered`; 1 is the largest.
-
-    Args:
-        row: pointer to float32 ``[span]``.
-        rank: from 1 to ``span``.
-    """
-    found = tl.full([1], LOWEST, tl.int64)
-    for step in tl.range(0, 8):
-        steps = tl.arange(0, 16).to(tl.int64) << (28 - 4 * step)
-        threshold = (found + steps).to(tl.int32)
-        counts = tl.zeros([16, TILE], tl.int32)
-        for first in tl.range(0, span, TILE):
-            x = load_ordered(row, first, span)
-            counts += (x[None, :] >= threshold[:, None]).to(tl.int32)
-        # The first threshold is what was found before, which is low enough.
-        enough = (tl.sum(counts, axis=1) >= rank) | (steps == 0)
-        found += tl.max(tl.where(enough, steps, 0), axis=0)
-    return tl.max(found, axis=0).to(tl.int32)

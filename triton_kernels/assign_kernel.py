@@ -10,14 +10,11 @@ import triton
 import triton.language as tl
 
 from .allocate_kernels import (
-    LOWEST,
     TILE,
-    float_of_ordered,
-    kth_largest,
     load_losses,
-    load_ordered,
     row_start,
 )
+from .select_kernel import NEARLY, float_of_ordered, kth_largest, load_ordered
 
 ALL, CHEAPER, HELD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a list's gains are over; see :func:`write_gains`."""
@@ -71,7 +68,7 @@ def write_gains(
 
 @triton.jit
 def clear_list(gains, span, rank, price_at, DROP: tl.constexpr):
-    """Set a list's price so that as many tokens want it as have room.
+    """Set a list's price so that about as many tokens want it as have room.
 
     Args:
         gains: pointer to float32 ``[span]``, over all other options.
@@ -79,18 +76,8 @@ def clear_list(gains, span, rank, price_at, DROP: tl.constexpr):
         price_at: pointer to its price, written.
         DROP: whether lists may stay part empty, so that no price is negative.
     """
-    last = kth_largest(gains, span, tl.maximum(rank, 1))
-    count = tl.zeros([TILE], tl.int32)
-    below = tl.full([TILE], LOWEST, tl.int32)
-    for first in tl.range(0, span, TILE):
-        x = load_ordered(gains, first, span)
-        count += (x >= last).to(tl.int32)
-        below = tl.maximum(below, tl.where(x < last, x, LOWEST))
-    first_out = tl.where(tl.sum(count, axis=0) > rank, last, tl.max(below, axis=0))
-    last_in = float_of_ordered(last)
-    between = (last_in + float_of_ordered(first_out)) / 2
-    price = tl.where(rank < span, between, last_in)
-    price = tl.where(rank == 0, last_in + tl.abs(last_in) + 1e-30, price)
+    last_in = float_of_ordered(kth_largest(gains, span, tl.maximum(rank, 1), NEARLY))
+    price = tl.where(rank == 0, last_in + tl.abs(last_in) + 1e-30, last_in)
     if DROP:
         price = tl.maximum(price, 0.0)
     tl.store(price_at, price)

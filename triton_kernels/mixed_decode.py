@@ -3,7 +3,8 @@
 Three launches with grids that depend on shapes alone, and no synchronisation, so that a CUDA
 graph can hold them (run every batch size once before, to compile):
 
-1. ``rotate_queries`` brings every query into the formats' spaces, once.
+1. ``rotate_queries`` brings every query into the formats' spaces, once, and keeps it as it is for
+   callers that ask for it.
 2. ``attend_split`` shares every unit's pages (a query's, in one KV head) among programs.
 3. ``merge_parts`` merges the programs' parts and rotates back, once per space.
 
@@ -25,33 +26,12 @@ from .attend import attend_split
 from .merge import merge_parts
 from .rotate import rotate_queries
 from .shapes import DecodeShape
+from .splits import STAGES, SplitPlan, resident_programs
 
 LOG2_E = 1.4426950408889634
 
-MAX_SPLITS = 128
-MIN_SPLITS = 4
-"""Even a batch that fills the device may have one long request."""
-
-MIN_PAGES = 4
-"""Pages that a program takes at least where there are fewer units than programs wanted."""
-MIN_PAGES_FULL = 32
-"""The same where there are as many; a part then costs little beside its pages."""
-
-PROGRAMS_PER_MULTIPROCESSOR = 8
-
-STAGES = 1
-"""Pages in flight per program; other programs on the same multiprocessor cover the latency."""
-
 MERGE_ROWS = 16
 """Splits that the merge reads at a time."""
-
-
-def programs_of(device: torch.device) -> int:
-    """Programs that keep a device busy."""
-    if device.type != "cuda":
-        return 24
-    count = torch.cuda.get_device_properties(device).multi_processor_count
-    return PROGRAMS_PER_MULTIPROCESSOR * count
 
 
 @dataclass(frozen=True)
@@ -92,32 +72,6 @@ class DecodeTables:
 
 
 @dataclass(frozen=True)
-class SplitPlan:
-    """How a batch is cut, from its shape alone.
-
-    Attributes:
-        splits: programs per unit, a power of two.
-        min_pages: pages a program takes at least.
-    """
-
-    splits: int
-    min_pages: int
-
-    @classmethod
-    def of(cls, queries: int, kv_heads: int, programs: int) -> SplitPlan:
-        """Plan for a batch.
-
-        Args:
-            queries: queries in the batch, padding included.
-            kv_heads: KV heads per layer.
-            programs: programs that keep the device busy, see :func:`programs_of`.
-        """
-        wanted = -(-programs // (queries * kv_heads))
-        splits = min(max(1 << (wanted - 1).bit_length(), MIN_SPLITS), MAX_SPLITS)
-        return cls(splits, MIN_PAGES if wanted > MIN_SPLITS else MIN_PAGES_FULL)
-
-
-@dataclass(frozen=True)
 class DecodeWorkspace:
     """Memory between the kernels, for batches up to a size. Its contents need no clearing.
 
@@ -127,7 +81,7 @@ class DecodeWorkspace:
         rotated: float32, queries in the formats' spaces.
         part_out: float32, parts of outputs.
         part_lse: float32, base-2 logarithms of the parts' sums of weights.
-        programs: as in :meth:`SplitPlan.of`.
+        programs: as in :meth:`.SplitPlan.of`.
     """
 
     rotated: torch.Tensor
@@ -149,9 +103,9 @@ class DecodeWorkspace:
             shape: what kernels are compiled for.
             max_queries: queries of the largest batch, padding included.
             device: where the arena is.
-            programs: as in :meth:`SplitPlan.of`; None for :func:`programs_of` the device.
+            programs: as in :meth:`.SplitPlan.of`; None for what the device holds at once.
         """
-        programs = programs or programs_of(device)
+        programs = programs or resident_programs(shape, device)
         heads = shape.num_kv_heads
         units_and_splits = [
             (queries * heads, SplitPlan.of(queries, heads, programs).splits)
@@ -184,6 +138,7 @@ def mixed_decode(
     output: torch.Tensor,
     workspace: DecodeWorkspace,
     lse: torch.Tensor | None = None,
+    recent: torch.Tensor | None = None,
 ) -> None:
     """Attention of single-token queries over leases and full-dimension tokens.
 
@@ -204,6 +159,7 @@ def mixed_decode(
         output: written, shape and type of the query, last dimension contiguous.
         workspace: memory for at least as many queries.
         lse: written where given, float32 ``[queries, q_heads]``, natural logarithm.
+        recent: written where given, contiguous, shape and type of the query: the queries.
     """
     shape = tables.shape
     queries, heads = query.shape[0], shape.num_kv_heads
@@ -212,7 +168,7 @@ def mixed_decode(
     plan = SplitPlan.of(queries, heads, workspace.programs)
     pages = arena.view(torch.uint8)
     requests = (block_table, block_table.stride(0), query_rows, lengths, leases)
-    if shape.uses_basis or shape.uses_hadamard:
+    if shape.uses_basis or shape.uses_hadamard or recent is not None:
         rotate_queries[(queries, heads * shape.group)](
             query,
             query.stride(0),
@@ -222,7 +178,9 @@ def mixed_decode(
             layer,
             tables.basis_keys[layer],
             workspace.rotated,
+            query if recent is None else recent,
             SHAPE=shape,
+            KEEP=recent is not None,
             num_warps=1,
         )
     attend_split[(plan.splits, heads, queries)](

@@ -11,12 +11,10 @@ from .allocate_kernels import (
     STEPS,
     TILE,
     bracket,
-    float_of_ordered,
-    kth_largest,
     load_losses,
-    load_ordered,
     row_start,
 )
+from .select_kernel import float_of_ordered, kth_largest, load_ordered
 
 
 @triton.jit

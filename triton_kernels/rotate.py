@@ -87,22 +87,30 @@ def rotate_queries(
     layer,
     basis_keys,
     rotated,
+    recent,
     SHAPE: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
     """Bring every query into the formats' spaces. Grid: queries, query heads.
 
     Args:
         rotated: written, float32 ``[queries, q_heads, rotated_width]``.
+        recent: written where ``KEEP``, ``[queries, q_heads, head_size]`` in the queries' type: the
+            queries as they are.
     """
     index = tl.program_id(0).to(tl.int64)
     query_head = tl.program_id(1)
     dim = tl.arange(0, SHAPE.padded_head)
-    vector = tl.load(
+    loaded = tl.load(
         query + index * query_stride + query_head * head_stride + dim,
         mask=dim < SHAPE.head_size,
         other=0,
-    ).to(tl.float32)
-    to = rotated + (index * tl.num_programs(1) + query_head) * SHAPE.rotated_width
+    )
+    number = index * tl.num_programs(1) + query_head
+    if KEEP:
+        tl.store(recent + number * SHAPE.head_size + dim, loaded, mask=dim < SHAPE.head_size)
+    vector = loaded.to(tl.float32)
+    to = rotated + number * SHAPE.rotated_width
     if SHAPE.uses_basis:
         row, _, first_block, tail_block = find_request(query_rows, lengths, leases, index)
         basis = load_basis(

@@ -10,7 +10,6 @@ import torch
 
 from mdkv_vllm.ops import cuda
 from mdkv_vllm.triton_kernels import mixed_decode as triton
-from mdkv_vllm.triton_kernels.shapes import DecodeShape
 
 from . import plant
 from .inputs import Inputs
@@ -36,13 +35,9 @@ class Kernel:
     workspace: Callable[..., Any]
 
 
-def _triton_workspace(
-    shape: DecodeShape, queries: int, device: torch.device
-) -> triton.DecodeWorkspace:
-    return triton.DecodeWorkspace.allocate(shape, queries, device, triton.programs_of(device))
-
-
-TRITON = Kernel("Triton", triton.mixed_decode, triton.DecodeTables.build, _triton_workspace)
+TRITON = Kernel(
+    "Triton", triton.mixed_decode, triton.DecodeTables.build, triton.DecodeWorkspace.allocate
+)
 CUDA = Kernel("CUDA", cuda.mixed_decode, cuda.DecodeTables.build, cuda.DecodeWorkspace.allocate)
 KERNELS = {kernel.name: kernel for kernel in (TRITON, CUDA)}
 

@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define MDKV_CUDA_ABI 1
+#define MDKV_CUDA_ABI 2
 #define MDKV_MAX_FORMATS 16
 
 enum mdkv_element { MDKV_FLOAT32 = 0, MDKV_FLOAT16 = 1, MDKV_BFLOAT16 = 2 };
@@ -69,6 +69,7 @@ typedef struct {
   int64_t output_stride;
   int64_t output_head_stride;
   float* lse;       // [queries, q_heads], natural logarithm; may be null
+  void* recent;     // [queries, q_heads, head_size], written: the queries as they are; may be null
   void* workspace;  // 16-byte aligned; need not be cleared
 } mdkv_call;
 

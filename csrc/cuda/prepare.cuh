@@ -1,4 +1,5 @@
-// The first kernel: a unit's queries in every space, its record, and its number of pages.
+// The first kernel: a unit's queries in every space, its record, and its number of pages. Also
+// keeps the queries as they are, for callers that ask for it.
 #pragma once
 
 #include "args.cuh"
@@ -62,10 +63,16 @@ __global__ void __launch_bounds__(kPrepareThreads)
   const int width = basis_width(args);
   for (int head = warp; head < place.heads; head += warps) {
     uint16_t* to = args.queries + (int64_t{unit} * kHeads + head) * args.query_width;
-    const int64_t from = place.query * args.call.query_stride +
-                         (place.first_head + head) * args.call.query_head_stride;
+    const int query_head = place.first_head + head;
+    const int64_t from =
+        place.query * args.call.query_stride + query_head * args.call.query_head_stride;
+    const int64_t kept =
+        (int64_t{place.query} * args.num_kv_heads * args.group + query_head) * args.head_size;
     for (int d = lane; d < args.head_size; d += 32) {
       const float x = load_element(args.call.query, args.call.query_element, from + d);
+      if (args.call.recent != nullptr) {
+        store_element(args.call.recent, args.call.query_element, kept + d, x);
+      }
       store_shared32(vector + 4 * d, as_bits(x));
       to[d] = element_bits(x, args.element);
     }

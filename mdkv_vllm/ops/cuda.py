@@ -20,7 +20,7 @@ from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.layout import LeaseLayout
 
 LIBRARY = Path(__file__).resolve().parents[1] / "libmdkv_cuda.so"
-ABI = 1
+ABI = 2
 MAX_FORMATS = 16
 
 _ELEMENT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -89,6 +89,7 @@ class _Call(ctypes.Structure):
         ("output_stride", ctypes.c_int64),
         ("output_head_stride", ctypes.c_int64),
         ("lse", ctypes.c_void_p),
+        ("recent", ctypes.c_void_p),
         ("workspace", ctypes.c_void_p),
     ]
 
@@ -290,6 +291,7 @@ def mixed_decode(
     output: torch.Tensor,
     workspace: DecodeWorkspace,
     lse: torch.Tensor | None = None,
+    recent: torch.Tensor | None = None,
 ) -> None:
     """Attention of single-token queries over leases and full-dimension tokens.
 
@@ -300,6 +302,7 @@ def mixed_decode(
         CudaKernelError: an argument is of another type or layout than the kernel takes.
     """
     _check_tensors(query, arena, tables, block_table, query_rows, lengths, leases, output, lse)
+    _check_recent(query, recent)
     layers = tables.shape.layout.num_layers
     if not 0 <= layer < layers:
         raise CudaKernelError(f"layer: {layer}; the cache has {layers} layers")
@@ -327,6 +330,7 @@ def mixed_decode(
         output.stride(0),
         output.stride(1),
         None if lse is None else lse.data_ptr(),
+        None if recent is None else recent.data_ptr(),
         workspace.memory.data_ptr(),
     )
     on_gpu = query.device.type == "cuda"
@@ -400,6 +404,17 @@ def _check_tensors(
     ):
         raise CudaKernelError(
             f"lse: {lse.dtype} {list(lse.shape)}; expected contiguous float32 [{queries}, {heads}]"
+        )
+
+
+def _check_recent(query: torch.Tensor, recent: torch.Tensor | None) -> None:
+    if recent is None:
+        return
+    same = recent.dtype == query.dtype and recent.shape == query.shape
+    if not same or not recent.is_contiguous():
+        raise CudaKernelError(
+            f"recent: {recent.dtype} {list(recent.shape)}; expected contiguous {query.dtype} "
+            f"{list(query.shape)}"
         )
 
 

@@ -47,8 +47,12 @@ class DecodeKernel(Protocol):
         lengths: torch.Tensor,
         leases: torch.Tensor,
         output: torch.Tensor,
+        recent: torch.Tensor | None = None,
     ) -> None:
-        """Attend in one layer; see :func:`mdkv_vllm.ops.cpu.mixed_decode` for the arguments."""
+        """Attend in one layer; see :func:`mdkv_vllm.ops.cpu.mixed_decode` for the arguments.
+
+        ``recent``, where given, is written: the queries as they are, contiguous.
+        """
 
 
 class CpuDecode:
@@ -70,8 +74,11 @@ class CpuDecode:
         lengths: torch.Tensor,
         leases: torch.Tensor,
         output: torch.Tensor,
+        recent: torch.Tensor | None = None,
     ) -> None:
         """See :class:`DecodeKernel`."""
+        if recent is not None:
+            recent.copy_(query)
         self._kernel(
             query,
             self._setting.arena,
@@ -114,6 +121,7 @@ class GpuDecode:
         lengths: torch.Tensor,
         leases: torch.Tensor,
         output: torch.Tensor,
+        recent: torch.Tensor | None = None,
     ) -> None:
         """See :class:`DecodeKernel`; nothing waits for the device."""
         for start in range(0, query.shape[0], self._setting.max_queries):
@@ -130,6 +138,7 @@ class GpuDecode:
                 self._setting.scale,
                 output[some],
                 self._workspace,
+                recent=None if recent is None else recent[some],
             )
 
 

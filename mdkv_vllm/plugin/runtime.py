@@ -268,16 +268,23 @@ class Runtime:
         output: torch.Tensor,
     ) -> None:
         """Attend with the mixed decode kernel; shapes as in vLLM's forward."""
-        if metadata.recent:
-            self._recent[layer, : metadata.recent].copy_(query[: metadata.recent])
         decode = metadata.decode
         if decode is None:
             return
         in_place = isinstance(decode.tokens, slice)
         rows = query[decode.tokens]
         result = output[decode.tokens] if in_place else torch.empty_like(rows)
+        # A step whose queries are kept is one of single tokens, so all of them are decoded.
+        recent = self._recent[layer, : metadata.recent] if metadata.recent else None
         self._decode.attend(
-            rows, layer, decode.block_table, decode.rows, decode.lengths, decode.leases, result
+            rows,
+            layer,
+            decode.block_table,
+            decode.rows,
+            decode.lengths,
+            decode.leases,
+            result,
+            recent,
         )
         if not in_place:
             output[decode.tokens] = result
@@ -296,7 +303,8 @@ class Runtime:
             query = torch.zeros(queries, heads, head_size, dtype=self._recent.dtype, device=device)
             leases = torch.zeros(queries, 2, dtype=torch.int32, device=device)
             output = torch.empty_like(query)
-            self._decode.attend(query, 0, leases, nothing, nothing, leases, output)
+            kept = self._recent[0, :queries] if queries <= self._limits.graph_tokens else None
+            self._decode.attend(query, 0, leases, nothing, nothing, leases, output, kept)
             queries *= 2
         plan = self.policy.plan(prompt_tokens, None)
         if plan is not None:

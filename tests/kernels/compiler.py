@@ -20,7 +20,7 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have, by compute capability."""
 
 KERNELS = {
-    "rotate": (rotate_queries, {}),
+    "rotate": (rotate_queries, {"KEEP": True}),
     "attend": (attend_split, {"STAGES": 1}),
     "merge": (merge_parts, {"SPLITS": 128, "ROWS": 16, "HAS_LSE": True}),
 }
@@ -69,7 +69,7 @@ def compile_kernel(name: str, shape: DecodeShape, capability: int) -> Compiled:
     """Compile one of :data:`KERNELS` for one compute capability."""
     kernel, constants = KERNELS[name]
     constants = constants | {"SHAPE": shape}
-    types = _POINTERS | dict.fromkeys(("query", "output"), shape.element.name)
+    types = _POINTERS | dict.fromkeys(("query", "output", "recent"), shape.element.name)
 
     def kind(argument: str) -> str:
         if argument in constants:

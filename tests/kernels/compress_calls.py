@@ -72,5 +72,5 @@ class InterpretedKernels:
     def layers(self, prompt, layers, bases):
         return _Group(self._process, prompt, layers, bases)
 
-    def allocate(self, *arguments, clearings=8):
+    def allocate(self, *arguments, clearings=4):
         return self._process.submit(run_allocate, clearings, *arguments).result()

@@ -33,12 +33,18 @@ def start() -> ProcessPoolExecutor:
 
 
 def decode(layout, group, basis, programs, query, arena, layer, requests, scale, output, lse):
-    """Run ``mixed_decode`` with a poisoned workspace, in the process; outputs and lse."""
+    """Run ``mixed_decode`` with a poisoned workspace, in the process.
+
+    Returns outputs, lse and the queries that it kept.
+    """
     from mdkv_vllm.triton_kernels import mixed_decode as kernel
 
     tables = kernel.DecodeTables.build(layout, group, basis, arena.device)
     workspace = kernel.DecodeWorkspace.allocate(tables.shape, len(query), arena.device, programs)
     for floats in (workspace.rotated, workspace.part_out, workspace.part_lse):
         floats.fill_(torch.nan)
-    kernel.mixed_decode(query, arena, layer, tables, *requests, scale, output, workspace, lse)
-    return output, lse
+    recent = torch.full(query.shape, torch.nan, dtype=query.dtype)
+    kernel.mixed_decode(
+        query, arena, layer, tables, *requests, scale, output, workspace, lse, recent
+    )
+    return output, lse, recent

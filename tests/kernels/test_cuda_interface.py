@@ -35,6 +35,7 @@ class Arguments:
     leases: torch.Tensor
     output: torch.Tensor
     lse: torch.Tensor | None = None
+    recent: torch.Tensor | None = None
     max_queries: int = 2
 
 
@@ -61,7 +62,16 @@ def call(layout, group, a):
         workspace = cuda.DecodeWorkspace.allocate(tables.shape, a.max_queries, CPU, 4)
         requests = (a.block_table, a.query_rows, a.lengths, a.leases)
         cuda.mixed_decode(
-            a.query, a.arena, a.layer, tables, *requests, 1.0, a.output, workspace, a.lse
+            a.query,
+            a.arena,
+            a.layer,
+            tables,
+            *requests,
+            1.0,
+            a.output,
+            workspace,
+            a.lse,
+            a.recent,
         )
     except cuda.CudaKernelError as error:
         return str(error)
@@ -88,6 +98,7 @@ def test_takes_what_is_right(process):
         ("leases", lambda x: x.flatten(), "leases: torch.int32 [4]"),
         ("lengths", lambda x: x[:1], "one for every query"),
         ("lse", lambda x: torch.empty(6, 2), "lse: torch.float32 [6, 2]"),
+        ("recent", lambda x: torch.empty(2, 6, 32), "recent: torch.float32 [2, 6, 32]"),
         ("max_queries", lambda x: 1, "2 queries; the workspace is for 1"),
     ],
 )

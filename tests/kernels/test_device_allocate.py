@@ -34,7 +34,7 @@ def kernels():
         yield InterpretedKernels(process)
 
 
-def check(kernels, losses, formats, num_pages, clearings=8):
+def check(kernels, losses, formats, num_pages, clearings=4):
     """Every invariant of an allocation."""
     (found,) = kernels.allocate([losses], formats, [[num_pages]], clearings=clearings)
     choice = found.choice

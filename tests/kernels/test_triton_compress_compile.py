@@ -186,5 +186,5 @@ def test_allocation(options, drop, capability):
     check(page_kernels.settle, constants, capability, 1, prices="fp64", pages="fp64")
     check(assign_kernel.assign, constants, capability, warps, stack=many, prices="fp32")
     if options > 1:
-        check(page_kernels.page_costs, constants, capability, warps, out="fp64")
+        check(page_kernels.page_costs, constants, capability, warps, stack=many, out="fp64")
         check(page_kernels.give_pages, constants, capability, 4, pages="fp64")

@@ -32,7 +32,8 @@ REQUEST = Request("a", PROMPT, None, True)
 class RefusedKernel:
     """Stands where a kernel would read numbers; looks at shapes alone."""
 
-    def attend(self, query, layer, block_table, query_rows, lengths, leases, output):
+    def attend(self, query, layer, block_table, query_rows, lengths, leases, output, recent=None):
+        assert recent is None or (recent.shape == query.shape and recent.is_contiguous())
         assert output.shape == query.shape
         assert len(query) == len(query_rows) == len(lengths)
         assert leases.shape[1] == 2

@@ -40,12 +40,16 @@ def configure(arena: torch.Tensor | None, order: str) -> None:
 def decode(
     layout, group, basis, programs, order, query, arena, layer, requests, scale, output, lse
 ):
-    """Run ``mixed_decode`` with a poisoned workspace, in the process; outputs and lse."""
+    """Run ``mixed_decode`` with a poisoned workspace, in the process.
+
+    Returns outputs, lse, arena and the queries that it kept.
+    """
     from mdkv_vllm.ops import cuda
 
     tables = cuda.DecodeTables.build(layout, group, basis, arena.device)
     workspace = cuda.DecodeWorkspace.allocate(tables.shape, len(query), arena.device, programs)
     workspace.memory.fill_(0xFF)
     configure(arena, order)
-    cuda.mixed_decode(query, arena, layer, tables, *requests, scale, output, workspace, lse)
-    return output, lse, arena
+    recent = torch.full(query.shape, torch.nan, dtype=query.dtype)
+    cuda.mixed_decode(query, arena, layer, tables, *requests, scale, output, workspace, lse, recent)
+    return output, lse, arena, recent

@@ -1,0 +1,21 @@
+"""A kernel around ``kth_largest``, for the interpreter's process."""
+
+import torch
+import triton
+import triton.language as tl
+
+from mdkv_vllm.triton_kernels.select_kernel import float_of_ordered, kth_largest
+
+
+@triton.jit
+def numbers_of_rank(row, span, ranks, out):
+    """Grid: ranks. ``row`` float32 ``[span]``, ``ranks`` int64, ``out`` float32, written."""
+    rank = tl.load(ranks + tl.program_id(0))
+    tl.store(out + tl.program_id(0), float_of_ordered(kth_largest(row, span, rank)))
+
+
+def select(row, ranks):
+    """The numbers of some ranks, 1 for the largest."""
+    out = torch.empty(len(ranks))
+    numbers_of_rank[(len(ranks),)](row, len(row), torch.tensor(ranks), out)
+    return out

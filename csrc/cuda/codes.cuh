@@ -8,7 +8,8 @@
 //
 // A code becomes a float16 by becoming bits of its mantissa: 0x6400 | code is 1024 + code, and
 // with the code `at` bits further up it is 2 ** (10 - at) + code, fine enough for zero points of
-// 7.5 and 1.5. So one logical operation converts two codes.
+// 7.5 and 1.5. So one logical operation converts two codes. What is added to all codes of a page is
+// taken from the products: of keys by the sum of a query, of values by the sum of the weights.
 #pragma once
 
 #include "pages.cuh"
@@ -32,17 +33,14 @@ MDKV_BOTH constexpr float code_bias(int bits, int field) {
   return static_cast<float>(1 << (10 - code_place(bits, field))) + code_zero(bits);
 }
 
-// float16 bits of a number from 2 to 2048 that float16 has.
-MDKV_BOTH constexpr uint32_t float16_bits(float x) {
-  uint32_t exponent = 15;
-  while (x >= 2.0f) {
-    x /= 2.0f;
-    ++exponent;
-  }
-  return exponent << 10 | static_cast<uint32_t>((x - 1.0f) * 1024.0f);
-}
-
 MDKV_BOTH constexpr uint32_t twice(uint32_t half) { return half << 16 | half; }
+
+// Adds the sums of a product's right columns, whose rows are all alike.
+MDKV_DEVICE void add_column_sums(float (&sums)[4], const uint32_t (&right)[2]) {
+  constexpr uint32_t kOne = twice(0x3C00);
+  const uint32_t ones[4] = {kOne, kOne, kOne, kOne};
+  multiply_float16(sums, ones, right);
+}
 
 // One code of the low or the high byte of each half of a word, as two float16 plus their bias.
 template <int kBits, int kField, int kHigh>
@@ -55,13 +53,6 @@ MDKV_DEVICE uint32_t unpack(uint32_t word) {
   const uint32_t moved =
       kShift >= 0 ? word >> (kShift >= 0 ? kShift : 0) : word << (kShift >= 0 ? 0 : -kShift);
   return mask_and_set(moved, kMask, kMagic);
-}
-
-// The same without the bias.
-template <int kBits, int kField, int kHigh>
-MDKV_DEVICE uint32_t unpack_centred(uint32_t word) {
-  constexpr uint32_t kBias = twice(float16_bits(code_bias(kBits, kField)));
-  return subtract_float16x2(unpack<kBits, kField, kHigh>(word), kBias);
 }
 
 // Four bytes that start anywhere.
@@ -96,7 +87,6 @@ MDKV_DEVICE void load_code_query(Query<D>& query, const uint16_t* from, int rank
                                  int lane) {
   const int quarter = rank / 4;
   float sum[4] = {0, 0, 0, 0};
-  const uint32_t ones[4] = {twice(0x3C00), twice(0x3C00), twice(0x3C00), twice(0x3C00)};
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
 #pragma unroll
@@ -111,7 +101,7 @@ MDKV_DEVICE void load_code_query(Query<D>& query, const uint16_t* from, int rank
       }
       query.words[step][pair] = word;
     }
-    multiply_float16(sum, ones, query.words[step]);
+    add_column_sums(sum, query.words[step]);
   }
   query.sum[0] = sum[0];
   query.sum[1] = sum[1];
@@ -172,9 +162,8 @@ MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t upper = words[2 * beside], lower = words[2 * beside + 1];
-        const uint32_t left[4] = {
-            unpack_centred<kBits, kField, 0>(upper), unpack_centred<kBits, kField, 1>(upper),
-            unpack_centred<kBits, kField, 0>(lower), unpack_centred<kBits, kField, 1>(lower)};
+        const uint32_t left[4] = {unpack<kBits, kField, 0>(upper), unpack<kBits, kField, 1>(upper),
+                                  unpack<kBits, kField, 0>(lower), unpack<kBits, kField, 1>(lower)};
         multiply_float16(state.values[kField * kPerField + chunk + beside], left, weights);
       });
     }
@@ -201,9 +190,8 @@ MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t upper = words[half][0], lower = words[half][1];
-        const uint32_t left[4] = {
-            unpack_centred<kBits, kField, 0>(upper), unpack_centred<kBits, kField, 1>(upper),
-            unpack_centred<kBits, kField, 0>(lower), unpack_centred<kBits, kField, 1>(lower)};
+        const uint32_t left[4] = {unpack<kBits, kField, 0>(upper), unpack<kBits, kField, 1>(upper),
+                                  unpack<kBits, kField, 0>(lower), unpack<kBits, kField, 1>(lower)};
         multiply_float16(state.values[kField * kPerField + first / 16 + half], left, weights);
       });
     }
@@ -287,6 +275,31 @@ MDKV_DEVICE void weigh(State<D>& state, uint32_t (&weights)[2], const float (&sc
   turn_weights(weights, packed[0], packed[1]);
 }
 
+// Takes the codes' bias from what add_aligned_values or add_values has added, given the sums of its
+// weights per head.
+template <int D, int kBits>
+MDKV_DEVICE void centre_values(State<D>& state, const float (&sums)[4], const List& list) {
+  constexpr int kFields = 8 / kBits;
+  constexpr int kAligned = (D / kFields + 15) / 16, kAny = (D / kFields + 31) / 32 * 2;
+  for_fields<0, kFields>([&](auto constant) {
+    constexpr int kField = decltype(constant)::value;
+    const float bias[2] = {sums[0] * code_bias(kBits, kField), sums[1] * code_bias(kBits, kField)};
+    if (list.aligned) {
+      // A shorter list of the same run leaves the tiles behind its rows alone.
+#pragma unroll
+      for (int tile = 0; tile < kAligned; ++tile) {
+        if (tile * kChunk >= list.value_row) break;
+        subtract_from_tile(state, kField * kAligned + tile, bias);
+      }
+    } else {
+#pragma unroll
+      for (int tile = 0; tile < kAny; ++tile) {
+        subtract_from_tile(state, kField * kAny + tile, bias);
+      }
+    }
+  });
+}
+
 template <int D, int kBits>
 MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page& page,
                               const List& list) {
@@ -300,6 +313,11 @@ MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page
 #pragma unroll
     for (int product = 0; product < kProducts; ++product) {
       weigh(state, weights[product], scores[product / 2][product % 2], page, list, first, product);
+    }
+    float sums[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int product = 0; product < kProducts; ++product) {
+      add_column_sums(sums, weights[product]);
     }
     // One copy of the code for all products: its registers and its size would be too many.
 #pragma unroll 1
@@ -324,6 +342,7 @@ MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page
         weights[i][1] = weights[i + 1][1];
       }
     }
+    centre_values<D, kBits>(state, sums, list);
   }
 }
 

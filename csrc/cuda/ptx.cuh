@@ -137,12 +137,6 @@ MDKV_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
   return __funnelshift_r(low, high, shift);
 }
 
-MDKV_DEVICE uint32_t subtract_float16x2(uint32_t a, uint32_t b) {
-  uint32_t difference;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(difference) : "r"(a), "r"(b));
-  return difference;
-}
-
 MDKV_DEVICE uint32_t pack_float16x2(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));

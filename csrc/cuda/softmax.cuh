@@ -39,6 +39,12 @@ MDKV_DEVICE void reset(State<D>& state) {
   }
 }
 
+template <int D>
+MDKV_DEVICE void subtract_from_tile(State<D>& state, int tile, const float (&of_head)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) state.values[tile][i] -= of_head[i % 2];
+}
+
 // Raises the maxima to those of new scores, of which this thread's are at most `highest`.
 template <int D>
 MDKV_DEVICE void raise_maximum(State<D>& state, const float (&highest)[2]) {

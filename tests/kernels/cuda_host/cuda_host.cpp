@@ -292,15 +292,6 @@ void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b
   multiply(Warp::kBFloat16, c, a, b, float_of_bfloat16);
 }
 
-uint32_t subtract_float16x2(uint32_t a, uint32_t b) {
-  uint32_t difference = 0;
-  for (int i = 0; i < 2; ++i) {
-    const float exact = float_of_float16(half_of(a, i)) - float_of_float16(half_of(b, i));
-    difference |= float16_bits_of(exact) << 16 * i;
-  }
-  return difference;
-}
-
 uint32_t pack_float16x2(float low, float high) {
   return float16_bits_of(low) | float16_bits_of(high) << 16;
 }

@@ -68,7 +68,6 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> shift);
 }
 
-uint32_t subtract_float16x2(uint32_t a, uint32_t b);
 uint32_t pack_float16x2(float low, float high);
 uint32_t pack_bfloat16x2(float low, float high);
 float float_of_float16(uint32_t bits);

@@ -37,7 +37,7 @@ router = APIRouter(prefix="/mixeddim", dependencies=[Depends(require_api_key)])
 
 @router.get("/status")
 async def status(request: Request) -> dict[str, Any]:
-    """Configuration, totals since start-up, resident requests and the latest compressions.
+    """Configuration, kernels, totals since start-up, resident requests and the latest compressions.
 
     They are those of the first worker of the first engine; ``/metrics`` adds all up.
 

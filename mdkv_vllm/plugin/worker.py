@@ -89,6 +89,7 @@ class MixedDimWorker(Worker):
         )
         logger.info_once("mixeddim: %s", describe(policy, artifacts.heads))
         logger.info_once("mixeddim: decode by %s, prefill by %s", decode_name, prefill_name)
+        self._kernels = {"decode": decode_name, "prefill": prefill_name}
         return Runtime(
             policy,
             compressor,
@@ -127,9 +128,13 @@ class MixedDimWorker(Worker):
             return super().execute_model(scheduler_output)
 
     def mixeddim_status(self) -> dict[str, Any]:
-        """Configuration, totals and requests, for ``collective_rpc``."""
+        """Configuration, kernels, totals and requests, for ``collective_rpc``."""
         assert self._runtime is not None
-        return {"configuration": self._configuration, **self._runtime.status()}
+        return {
+            "configuration": self._configuration,
+            "kernels": self._kernels,
+            **self._runtime.status(),
+        }
 
 
 def policy_of(specs: list[KVCacheSpec]) -> Policy:

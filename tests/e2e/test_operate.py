@@ -139,6 +139,7 @@ def test_status_has_configuration_totals_and_requests(server):
     assert set(request) == {"request_id", "prompt_tokens", "planned_share"}
     status = server.status()
     assert status["configuration"]["budget"] == "0.3"
+    assert status["kernels"] == {"decode": "cpu", "prefill": "vLLM's CPU kernel"}
     assert status["configuration"]["heads"].startswith("mixeddim_heads.safetensors@")
     assert status["totals"]["prompts"] > 0
 

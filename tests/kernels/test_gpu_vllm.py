@@ -73,6 +73,7 @@ def test_what_of_vllm_is_carried(tmp_path):
         "vllm/a.py",
         "vllm/_C.abi3.so",
         "vllm/third_party/x.hpp",
+        "vllm/third_party/pynvml.py",
         "vllm-0.32.0.dist-info/METADATA",
     ]
     with zipfile.ZipFile(content, "w") as archive:
@@ -81,7 +82,7 @@ def test_what_of_vllm_is_carried(tmp_path):
     with zipfile.ZipFile(content) as archive:
         path = bundle.pack_python(archive, tmp_path / "vllm.tar.xz")
     with LZMAFile(path) as packed, tarfile.open(fileobj=BytesIO(packed.read())) as tar:
-        assert tar.getnames() == ["vllm/a.py", "vllm-0.32.0.dist-info/METADATA"]
+        assert tar.getnames() == [name for name in names if not name.endswith((".so", ".hpp"))]
 
 
 def test_a_folder_over_the_limit_is_refused(tmp_path, monkeypatch):
@@ -134,6 +135,10 @@ def test_rehearsal(tmp_path):
     parts = {(row["engine"], row["part"]): row for row in rows if row["kind"] == "engine"}
     stock, ours = (parts[name, "compare"] for name in ("stock", "ours, 100 %"))
     assert ours["tokens"] == stock["tokens"]
+    assert parts["ours, 100 %", "start"]["kernels"] == (
+        "MIXEDDIM, decode by cpu, prefill by vLLM's CPU kernel"
+    )
+    assert parts["stock", "start"]["kernels"] == "CPU_ATTN"
     for name in ("stock", "ours, 100 %", "ours, 25 %"):
         full = parts[name, "full"]
         assert full["output_tokens_per_second"] > 0

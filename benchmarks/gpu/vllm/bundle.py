@@ -33,8 +33,10 @@ EXTENSIONS = (
     "vllm/_moe_C_stable_libtorch.abi3.so",
     "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so",
 )
-LEFT_OUT = ("vllm/third_party/", "vllm/vllm-rs", "vllm/benchmarks/")
-"""Of vLLM's files: other GPUs' kernels and their headers, and a front end that is not started."""
+LEFT_OUT = ("vllm/vllm-rs", "vllm/benchmarks/")
+"""Of vLLM's files: a front end that is not started."""
+THIRD_PARTY = "vllm/third_party/"
+"""Of which Python alone goes along, NVML's bindings: the rest are other GPUs' kernels."""
 WHEELS = [
     "annotated-types",
     "apache-tvm-ffi",
@@ -159,6 +161,8 @@ def pack_python(archive: zipfile.ZipFile, path: Path) -> Path:
 
 def is_carried(name: str) -> bool:
     """Whether a file of vLLM's wheel goes along as it is."""
+    if name.startswith(THIRD_PARTY):
+        return name.endswith(".py")
     return not name.endswith((".so", "/")) and not name.startswith(LEFT_OUT)
 
 

@@ -77,16 +77,18 @@ def run(engine: Engine, sizes: Sizes, model: Path, seed: int) -> Iterator[Row]:
     from vllm import LLM
 
     begin = time.monotonic()
-    llm = LLM(**(_options(sizes, model) | engine.options))
+    llm = LLM(**options_of(engine, sizes, model))
     told = {"kind": "engine", "engine": engine.name}
-    yield told | {"part": "start", "seconds": time.monotonic() - begin, **_memory()}
+    seconds = time.monotonic() - begin
+    yield told | {"part": "start", "seconds": seconds, "kernels": kernels_of(llm), **_memory()}
     yield told | {"part": "compare"} | compare(llm, sizes, seed)
     if engine.loaded:
         yield told | {"part": "alone"} | alone(llm, sizes, seed)
         yield told | {"part": "full"} | full(llm, sizes, seed) | _memory()
 
 
-def _options(sizes: Sizes, model: Path) -> dict[str, Any]:
+def options_of(engine: Engine, sizes: Sizes, model: Path) -> dict[str, Any]:
+    """Arguments of ``vllm.LLM``; writes the model's configuration into its folder."""
     model.mkdir(parents=True, exist_ok=True)
     (model / "config.json").write_text(json.dumps(sizes.config))
     length = sizes.prompt_tokens + sizes.new_tokens
@@ -107,7 +109,17 @@ def _options(sizes: Sizes, model: Path) -> dict[str, Any]:
         }  # fmt: skip
     else:
         options["enforce_eager"] = True
-    return options
+    return options | engine.options
+
+
+def kernels_of(llm: Any) -> str:  # noqa: ANN401
+    """Which attention kernels an engine in this process has chosen."""
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    names = {layer.get_attn_backend().get_name() for layer in layers}
+    if names != {"MIXEDDIM"}:
+        return ", ".join(sorted(names))
+    chosen = llm.collective_rpc("mixeddim_status")[0]["kernels"]
+    return f"MIXEDDIM, decode by {chosen['decode']}, prefill by {chosen['prefill']}"
 
 
 def prompts_of(sizes: Sizes, number: int, seed: int) -> list[dict[str, list[int]]]:

@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(options, began + options.deadline)
 
 
-def unpack(bundle: Path, site: Path) -> None:
-    """Make a folder of packages of a bundle."""
+def unpack(bundle: Path, site: Path, python: str = sys.executable) -> None:
+    """Make a folder of packages of a bundle, for the Python that is to import them."""
     for name in ("vllm.tar.xz", "mdkv.tar.xz"):
         with lzma.open(bundle / name) as packed, tarfile.open(fileobj=packed) as tar:
             tar.extractall(site, filter="data")
@@ -69,7 +69,7 @@ def unpack(bundle: Path, site: Path) -> None:
     for path in extensions.rglob("*.xz"):
         target = site / path.relative_to(extensions).with_suffix("")
         unpacking.append(subprocess.Popen(["xz", "-dc", path], stdout=target.open("wb")))
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
+    command = [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     command += ["--no-compile", "--target", site, *sorted((bundle / "wheels").glob("*.whl"))]
     subprocess.run(command, check=True)
     for process in unpacking:
@@ -148,7 +148,8 @@ def report(rows: Sequence[dict[str, Any]]) -> list[str]:
     stock = parts.get("stock", {})
     lines = [""]
     for name, found in parts.items():
-        told = [f"{name}: started in {found['start']['seconds']:.0f} s"]
+        start = found["start"]
+        told = [f"{name}: started in {start['seconds']:.0f} s ({start['kernels']})"]
         if "compare" in found and "compare" in stock and name != "stock":
             told.append(_agreement(found["compare"], stock["compare"]))
         for part, key, unit in (("alone", "first_token", "s to the first token alone"),

@@ -43,6 +43,7 @@ from gpu import (  # noqa: E402
     report,
     rivals,
     sanitize,
+    sass,
 )
 from gpu.call import CUDA, TRITON  # noqa: E402
 from gpu.stages import build  # noqa: E402
@@ -63,6 +64,7 @@ __all__ = [
     "report",
     "rivals",
     "sanitize",
+    "sass",
 ]
 
 

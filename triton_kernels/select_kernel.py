@@ -25,6 +25,8 @@ FULL = tl.constexpr(15)
 EVERY_FOURTH = tl.constexpr(0x000F000F000F000F)
 SIGN = tl.constexpr(-(2**31))
 LOWEST = tl.constexpr(-(2**31))
+LEAST, GREATEST = tl.constexpr(0x007FFFFF - 2**31), tl.constexpr(0x7F800000)
+"""The infinities, by :func:`ordered`."""
 
 
 @triton.jit
@@ -96,4 +98,5 @@ def kth_largest(row, span, rank, PASSES: tl.constexpr = EXACT):
         found = found * DIGITS + next_digit.to(tl.uint32)
     for _ in tl.static_range(EXACT - PASSES):
         found = found * DIGITS + DIGITS // 2
-    return tl.max(found.to(tl.int32, bitcast=True), axis=0) ^ SIGN
+    bits = tl.max(found.to(tl.int32, bitcast=True), axis=0) ^ SIGN
+    return tl.minimum(tl.maximum(bits, LEAST), GREATEST)  # infinities stay what they are

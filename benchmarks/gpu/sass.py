@@ -19,6 +19,7 @@ from pathlib import Path
 import triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+_ARCHITECTURE = re.compile(r"\s*code for (sm_\w+)")
 _FUNCTION = re.compile(r"Function : (\S+)")
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
@@ -44,13 +45,16 @@ class Loop:
 
 
 def disassemble(path: Path) -> dict[str, list[tuple[int, str]]]:
-    """Addresses and instructions of every kernel in a file."""
+    """Addresses and instructions of every kernel in a file, by architecture and name."""
     done = subprocess.run([CUOBJDUMP, "-sass", path], capture_output=True, text=True, check=True)
     kernels: dict[str, list[tuple[int, str]]] = {}
     code: list[tuple[int, str]] = []
+    architecture = ""
     for line in done.stdout.splitlines():
-        if named := _FUNCTION.search(line):
-            code = kernels.setdefault(named[1], [])
+        if found := _ARCHITECTURE.match(line):
+            architecture = found[1]
+        elif found := _FUNCTION.search(line):
+            code = kernels[f"{architecture} {found[1]}"] = []
         elif found := _INSTRUCTION.match(line):
             code.append((int(found[1], 16), found[2]))
     return kernels

@@ -19,11 +19,10 @@ def register() -> None:
 
         # vLLM shows only what loggers below its own name say.
         init_logger(f"vllm.{__name__}").warning(
-            "mdkv-vllm was tested with vLLM %s.x but %s is installed: 'mixeddim' is not "
-            "registered. Install vLLM %s.x or a matching mdkv-vllm.",
-            TESTED_VLLM,
+            "mdkv-vllm was tested with vLLM %s but %s is installed: 'mixeddim' is not registered. "
+            "Install one of these or a matching mdkv-vllm.",
+            " and ".join(f"{minor}.x" for minor in TESTED_VLLM),
             vllm_version(),
-            TESTED_VLLM,
         )
         return
     from mdkv_vllm.plugin.registration import register_mixeddim

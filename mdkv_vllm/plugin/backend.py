@@ -19,7 +19,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from mdkv_vllm.config import ConfigError, MixedDimConfig
 from mdkv_vllm.plugin.arena import store_tokens
 from mdkv_vllm.plugin.metadata import MixedDimMetadata
-from mdkv_vllm.plugin.registration import BACKEND_NAME
+from mdkv_vllm.plugin.registration import BACKEND_NAME, DEFAULT_BLOCK_SIZE
 from mdkv_vllm.plugin.runtime import current_runtime
 
 if TYPE_CHECKING:
@@ -48,6 +48,12 @@ class MixedDimBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:  # noqa: ANN401
         """Any multiple of 16 tokens."""
         return [MultipleOf(16)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """What blocks have where the user does not choose, whatever the platform's default."""
+        del default_block_size
+        return DEFAULT_BLOCK_SIZE
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

@@ -8,6 +8,7 @@ from mdkv_vllm.config import ConfigError, MixedDimConfig
 from mdkv_vllm.plugin.registration import (
     BACKEND_CLASS,
     BACKEND_NAME,
+    DEFAULT_BLOCK_SIZE,
     mixeddim_selected,
     register_mixeddim,
 )
@@ -21,9 +22,6 @@ else:
 # The engine's configuration crosses process borders pickled, before general plugins are
 # loaded; unpickling needs the enum member to exist already.
 register_mixeddim()
-
-DEFAULT_BLOCK_SIZE = 16
-"""Pages are the unit of freeing; vLLM's CPU default of 128 tokens is too coarse for lists."""
 
 
 class MixedDimPlatform(Platform):
@@ -66,6 +64,7 @@ class MixedDimPlatform(Platform):
         refuse_unsupported(vllm_config, cls.device_type)
         expose_metrics()
         super().check_and_update_config(vllm_config)
+        # vLLM 0.32 asks no backend on CPUs; later ones ask ours, see get_preferred_block_size.
         if not vllm_config.cache_config.user_specified_block_size:
             vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
         vllm_config.parallel_config.worker_cls = cls.worker_class

@@ -6,7 +6,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 BACKEND_NAME = "MIXEDDIM"
 BACKEND_CLASS = "mdkv_vllm.plugin.backend.MixedDimBackend"
-TESTED_VLLM = "0.32"
+DEFAULT_BLOCK_SIZE = 16
+"""Pages are the unit of freeing; vLLM's CPU default of 128 tokens is too coarse for lists."""
+TESTED_VLLM = ("0.32", "0.33")
+"""As ``pyproject.toml`` declares them, which a test compares."""
 
 
 def vllm_version() -> str:
@@ -21,7 +24,7 @@ def vllm_version() -> str:
 
 def is_supported_vllm() -> bool:
     """Whether the installed vLLM is one that the plugin was tested with."""
-    return vllm_version().startswith(f"{TESTED_VLLM}.")
+    return vllm_version().startswith(tuple(f"{minor}." for minor in TESTED_VLLM))
 
 
 def register_mixeddim() -> None:

@@ -303,8 +303,11 @@ class Runtime:
             query = torch.zeros(queries, heads, head_size, dtype=self._recent.dtype, device=device)
             leases = torch.zeros(queries, 2, dtype=torch.int32, device=device)
             output = torch.empty_like(query)
-            kept = self._recent[0, :queries] if queries <= self._limits.graph_tokens else None
-            self._decode.attend(query, 0, leases, nothing, nothing, leases, output, kept)
+            # Steps that graphs may replay keep their queries, others do not.
+            self._decode.attend(query, 0, leases, nothing, nothing, leases, output)
+            if queries <= self._limits.graph_tokens:
+                kept = self._recent[0, :queries]
+                self._decode.attend(query, 0, leases, nothing, nothing, leases, output, kept)
             queries *= 2
         plan = self.policy.plan(prompt_tokens, None)
         if plan is not None:

@@ -9,6 +9,7 @@ from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head
 from mdkv_vllm.cli import main
 from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.models import prepare_smollm2
+from mdkv_vllm.plugin.registration import vllm_version
 
 pytest.importorskip("vllm")
 
@@ -23,14 +24,16 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(model_folder):
-    """Prompts of more than 1,024 tokens are prefilled in chunks; the cache is 16-bit."""
+    """Prompts of more than 1,024 tokens are prefilled in chunks; the cache is 16-bit if it may."""
+    # vLLM 0.33 wants the cache in the model's type.
+    cache = ["--kv-cache-dtype=bfloat16"] if vllm_version().startswith("0.32.") else []
     with Server(
         model_folder,
         {"budget": 0.3},
         "--max-model-len=4608",
         "--max-num-batched-tokens=1024",
         "--dtype=float32",
-        "--kv-cache-dtype=bfloat16",
+        *cache,
     ) as running:
         yield running
 

@@ -27,7 +27,7 @@ def test_nested_loops(tmp_path, monkeypatch, capsys):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
     path = tmp_path / "nested.cubin"
     path.write_bytes(compiled.asm["cubin"])
-    code = sass.disassemble(path)["nested"]
+    code = sass.disassemble(path)["sm_90a nested"]
     found = sass.loops(code)
     inner = [loop for loop in found if loop.depth == 1]
     assert inner
@@ -39,5 +39,5 @@ def test_nested_loops(tmp_path, monkeypatch, capsys):
         within = [i for i in inner if outer.first <= i.first and i.last <= outer.last]
         assert outer.own == outer.instructions - sum(i.instructions for i in within)
     assert sass.main([str(path), "--kernel", "nest"]) == 0
-    assert f"nested: {len(code)} instructions" in capsys.readouterr().out
+    assert f"sm_90a nested: {len(code)} instructions" in capsys.readouterr().out
     assert sass.main([str(path), "--kernel", "other"]) == 1

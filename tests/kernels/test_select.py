@@ -36,3 +36,13 @@ def test_kth_largest(process, name):
     found = process.submit(select_calls.select, row, ranks).result()
     expected = row.sort(descending=True).values[torch.tensor(ranks) - 1]
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_nearly(process, name):
+    """Five digits of eight: sign, exponent and eleven bits."""
+    row = ROWS[name]
+    ranks = sorted({1, len(row), (len(row) + 1) // 2})
+    found = process.submit(select_calls.select, row, ranks, 5).result()
+    expected = row.sort(descending=True).values[torch.tensor(ranks) - 1]
+    torch.testing.assert_close(found, expected, rtol=2**-11, atol=1e-41)

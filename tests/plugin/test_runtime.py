@@ -260,18 +260,20 @@ def test_nothing_on_the_device_is_read():
 
 
 def test_rehearsal_runs_every_kernel_and_leaves_the_cache_alone():
-    worker = Worker(graph_tokens=8)
+    worker = Worker(graph_tokens=4)
     before = worker.arena.clone()
     seen = []
     attend, compress = worker.runtime._decode.attend, Compressor.compress
-    worker.runtime._decode.attend = lambda query, *rest: (
-        seen.append(len(query)),
-        attend(query, *rest),
+    worker.runtime._decode.attend = lambda *args: (
+        seen.append((len(args[0]), len(args) == 8)),
+        attend(*args),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Compressor, "compress", lambda *args: (seen.append(args[3]), compress(*args)))
         worker.runtime.rehearse(PROMPT)
-    assert seen == [1, 2, 4, 8, worker.runtime.policy.plan(PROMPT, None)]
+    # Up to the largest graph, with the queries kept as well.
+    decodes = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True), (8, False)]
+    assert seen == [*decodes, worker.runtime.policy.plan(PROMPT, None)]
     assert torch.equal(worker.arena, before)
 
 

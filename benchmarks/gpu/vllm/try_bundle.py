@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def stub_driver(site: Path, folder: Path) -> None:
             check=True,
         ).stdout
         names = (line.split()[-1] for line in listed.splitlines())
-        needed |= {name for name in names if name.startswith("cu") and not name.startswith("cuda")}
+        needed |= {name for name in names if re.match("cu[A-Z]", name)}
     source = folder / "stub.c"
     source.write_text("".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(needed)))
     library = folder / "libcuda.so.1"

@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test lint chart sbom audit cuda bench bench-gpu eval lm-eval clean
+.PHONY: setup serve demo test test-next-vllm lint chart sbom audit cuda bench bench-gpu eval lm-eval clean
 export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
@@ -18,6 +18,13 @@ test:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
 	$(BIN)/python -m pytest
+	$(MAKE) test-next-vllm
+
+# The plugin and one real server on vLLM 0.33, for which the index has no CPU build yet.
+NEXT_VLLM := build/vllm-0.33
+test-next-vllm:
+	$(BIN)/python tests/overlay/make_overlay.py 0.33.0 $(NEXT_VLLM)
+	PYTHONPATH=$(NEXT_VLLM) $(BIN)/python -m pytest tests/plugin tests/e2e/test_server.py
 
 lint:
 	$(BIN)/ruff check .

@@ -6,32 +6,13 @@ Scheduler and worker each build one from equal arguments and therefore always ag
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property
 
 from mdkv_vllm.config import PROMPT_BASIS, Budget, MixedDimConfig
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
-
-
-class SkipReason(Enum):
-    """Why a prompt stays uncompressed."""
-
-    DISABLED = "disabled"
-    """Compression is off on this server."""
-    FULL_BUDGET = "full_budget"
-    """Its budget keeps everything."""
-    TOO_SHORT = "too_short"
-    """It has fewer than ``min_prompt_tokens`` tokens."""
-    NO_SAVING = "no_saving"
-    """Page table, formats and whole blocks leave nothing to give back."""
-    SHARED_BLOCKS = "shared_blocks"
-    """A prefix-cache hit covers blocks that its lease would have to write."""
-    SESSION = "session"
-    """Its prompt grows later (streaming input)."""
-    NOT_GENERATION = "not_generation"
-    """It is a pooling request."""
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, SkipReason, plan_lease
+from mdkv_vllm.request import CompressionRequest
 
 
 @dataclass(frozen=True)
@@ -66,15 +47,21 @@ class Policy:
         rank = self.formats.basis_rank if self.prompt_basis else 0
         return LeaseLayout(self.geometry, self.formats, self.num_layers, self.num_kv_heads, rank)
 
-    def plan(self, prompt_tokens: int, budget: Budget | None) -> LeasePlan | None:
-        """Plan a prompt's lease, or None where it stays uncompressed.
+    def plan_request(self, request: CompressionRequest) -> LeasePlan | SkipReason:
+        """Plan a request's lease, or say why it has none."""
+        if not request.generates:
+            return SkipReason.NOT_GENERATION
+        return self.plan(request.prompt_tokens, request.budget)
+
+    def plan(self, prompt_tokens: int, budget: Budget | None = None) -> LeasePlan | SkipReason:
+        """Plan a prompt's lease, or say why it has none.
 
         Args:
             prompt_tokens: its length.
             budget: its own budget; None for the server's.
         """
         if not self.config.enabled:
-            return None
+            return SkipReason.DISABLED
         floor = None if self.formats.drop else self.formats.formats[0].tokens_per_page
         terms = LeaseTerms(
             block_size=self.geometry.block_size,
@@ -89,13 +76,3 @@ class Policy:
     def share(self, prompt_tokens: int, budget: Budget | None) -> float:
         """The share of a prompt's bytes that its budget asks to keep."""
         return (budget or self.config.default_budget).share_of(prompt_tokens)
-
-    def skip_reason(self, prompt_tokens: int, budget: Budget | None) -> SkipReason:
-        """Why :meth:`plan` gave None for these arguments."""
-        if not self.config.enabled:
-            return SkipReason.DISABLED
-        if self.share(prompt_tokens, budget) == 1:
-            return SkipReason.FULL_BUDGET
-        if prompt_tokens < max(self.config.min_prompt_tokens, self.config.window + 1):
-            return SkipReason.TOO_SHORT
-        return SkipReason.NO_SAVING

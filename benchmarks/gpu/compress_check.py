@@ -102,7 +102,7 @@ class Case:
         floor = None if self.formats.drop else least
         terms = LeaseTerms(16, 16, 64, self.budget, self.layout.min_blocks, floor)
         plan = plan_lease(self.tokens, terms)
-        assert plan is not None
+        assert isinstance(plan, LeasePlan)
         return plan
 
 

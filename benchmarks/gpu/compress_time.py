@@ -183,7 +183,7 @@ class CachedPrompt:
         self.layout = LeaseLayout(geometry, formats, model.layers, heads.kv_heads)
         terms = LeaseTerms(BLOCK_SIZE, WINDOW, 1, budget, self.layout.min_blocks)
         plan = plan_lease(tokens, terms)
-        assert plan is not None
+        assert isinstance(plan, LeasePlan)
         self.plan: LeasePlan = plan
         blocks = -(-tokens // BLOCK_SIZE)
         shape = (blocks, self.layout.pages_per_block, BLOCK_SIZE, 2 * heads.head_size)

@@ -11,6 +11,26 @@ Both compute the same plan from the same few numbers, so no message passes betwe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+
+
+class SkipReason(Enum):
+    """Why a prompt stays uncompressed."""
+
+    DISABLED = "disabled"
+    """Compression is off on this server."""
+    FULL_BUDGET = "full_budget"
+    """Its budget keeps everything."""
+    TOO_SHORT = "too_short"
+    """It has fewer than ``min_prompt_tokens`` tokens."""
+    NO_SAVING = "no_saving"
+    """Page table, formats and whole blocks leave nothing to give back."""
+    SHARED_BLOCKS = "shared_blocks"
+    """A prefix-cache hit covers blocks that its lease would have to write."""
+    SESSION = "session"
+    """Its prompt grows later (streaming input)."""
+    NOT_GENERATION = "not_generation"
+    """It is a pooling request."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,8 @@ class LeasePlan:
         return kept / self.prompt_tokens
 
 
-def plan_lease(prompt_tokens: int, terms: LeaseTerms) -> LeasePlan | None:
-    """Plan the lease of a prompt, or None where it is to be left uncompressed.
+def plan_lease(prompt_tokens: int, terms: LeaseTerms) -> LeasePlan | SkipReason:
+    """Plan the lease of a prompt, or say why it stays uncompressed.
 
     The budget covers everything the prompt holds: lease (with its page table and prompt
     basis) and the full-dimension tail of the prompt. It is met from below, in whole
@@ -84,8 +104,10 @@ def plan_lease(prompt_tokens: int, terms: LeaseTerms) -> LeasePlan | None:
         terms: everything else the plan depends on.
     """
     kept_tokens = terms.budget * prompt_tokens
-    if prompt_tokens < terms.min_prompt_tokens or kept_tokens >= prompt_tokens:
-        return None
+    if kept_tokens >= prompt_tokens:
+        return SkipReason.FULL_BUDGET
+    if prompt_tokens < terms.min_prompt_tokens:
+        return SkipReason.TOO_SHORT
     tail_block = (prompt_tokens - terms.window) // terms.block_size
     span_tokens = tail_block * terms.block_size
     tail_tokens = prompt_tokens - span_tokens
@@ -95,5 +117,5 @@ def plan_lease(prompt_tokens: int, terms: LeaseTerms) -> LeasePlan | None:
         floor = terms.min_blocks - 1 + -(-span_tokens // terms.floor_tokens_per_page)
         lease_blocks = max(lease_blocks, floor)
     if lease_blocks >= tail_block:
-        return None
+        return SkipReason.NO_SAVING
     return LeasePlan(prompt_tokens, tail_block - lease_blocks, tail_block, terms.block_size)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mdkv_vllm.config import DEFAULT_BUDGET, MixedDimConfig
 from mdkv_vllm.core.formats import PageGeometry
+from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.eval.inspect import read_config
 from mdkv_vllm.operate.model_sizes import ModelSizes, read_model_sizes
 from mdkv_vllm.policy import Policy
@@ -80,8 +81,8 @@ def capacity(policy: Policy, cache_bytes: int, load: Load) -> Capacity:
     size = policy.geometry.block_size
     block_bytes = policy.geometry.page_bytes * policy.layout.pages_per_block
     full = -(-(load.prompt + load.answer) // size)
-    plan = policy.plan(load.prompt, None)
-    returned = plan.first_lease_block if plan else 0
+    plan = policy.plan(load.prompt)
+    returned = plan.first_lease_block if isinstance(plan, LeasePlan) else 0
     # One block is vLLM's null block, which is never lent.
     blocks = max(cache_bytes // block_bytes - 1, 0)
     return Capacity(blocks, full, full - returned, -(-load.prompt // size))

@@ -16,10 +16,9 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from mdkv_vllm.config import REQUEST_BUDGET, request_budget
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import LeasePlan, SkipReason
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
-from mdkv_vllm.policy import SkipReason
+from mdkv_vllm.request import CompressionRequest, without_compression
 
 
 class MixedDimManager(FullAttentionManager):
@@ -32,16 +31,13 @@ class MixedDimManager(FullAttentionManager):
         # cache_blocks is the one call that shows a manager the request itself, and vLLM makes
         # it only where caching is enabled; whether blocks are hashed is decided below.
         self.enable_caching = True
-        self._plans: dict[str, LeasePlan | None] = {}
+        self._plans: dict[str, LeasePlan | SkipReason] = {}
         self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
         self._metrics = SchedulerMetrics(self._policy)
 
-    def plan_of(self, request: Request) -> LeasePlan | None:
-        """The lease plan of a request, None where it stays uncompressed."""
-        if request.sampling_params is None:
-            return None
-        budget = request_budget(request.sampling_params.extra_args)
-        return self._policy.plan(request.num_prompt_tokens, budget)
+    def plan_of(self, request: Request) -> LeasePlan | SkipReason:
+        """The lease plan of a request, or why it stays uncompressed."""
+        return self._policy.plan_request(_parse(request))
 
     def cache_blocks(
         self,
@@ -53,47 +49,42 @@ class MixedDimManager(FullAttentionManager):
     ) -> None:
         """Hash the request's full blocks, but none from its lease on."""
         if request.request_id not in self._plans:
-            plan, reason = self._decide(request)
-            self._plans[request.request_id] = plan
+            parsed = _parse(request)
+            decided = self._decide(request, parsed)
+            self._plans[request.request_id] = decided
             if self._seen.get(id(request.block_hashes)) is not request:  # not a resumed one
-                self._metrics.decided(self._share(request), reason)
+                share = self._policy.share(parsed.prompt_tokens, parsed.budget)
+                self._metrics.decided(share, decided)
             self._seen[id(request.block_hashes)] = request
         self._metrics.holds(request.request_id, len(self.req_to_blocks[request.request_id]))
         if not self._hashes_blocks:
             return
         plan = self._plans[request.request_id]
-        if plan is not None:
+        if isinstance(plan, LeasePlan):
             num_tokens = min(num_tokens, plan.first_lease_block * self.block_size)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
-    def _share(self, request: Request) -> float:
-        params = request.sampling_params
-        budget = request_budget(params.extra_args) if params is not None else None
-        return self._policy.share(request.num_prompt_tokens, budget)
-
-    def _decide(self, request: Request) -> tuple[LeasePlan | None, SkipReason | None]:
+    def _decide(self, request: Request, parsed: CompressionRequest) -> LeasePlan | SkipReason:
         """The plan of a request that has just been given its first blocks, or why it has none.
 
         A request that cannot be compressed is told so in its own parameters, which are what
         the worker plans by.
         """
-        if request.sampling_params is None:
-            return None, SkipReason.NOT_GENERATION
-        plan = self.plan_of(request)
-        if plan is None:
-            budget = request_budget(request.sampling_params.extra_args)
-            return None, self._policy.skip_reason(request.num_prompt_tokens, budget)
+        plan = self._policy.plan_request(parsed)
+        if not isinstance(plan, LeasePlan):
+            return plan
         shared_blocks = self.num_cached_block.get(request.request_id, 0)
         # Sessions extend their prompt later, and a lease must not be written into blocks that
         # a prefix hit shares with other requests.
-        if request.resumable or shared_blocks > plan.first_lease_block:
-            params = request.sampling_params.clone()
-            params.extra_args = {REQUEST_BUDGET: 1.0}
-            request.sampling_params = params
-            return None, SkipReason.SESSION if request.resumable else SkipReason.SHARED_BLOCKS
-        return plan, None
+        if not request.resumable and shared_blocks <= plan.first_lease_block:
+            return plan
+        assert request.sampling_params is not None
+        params = request.sampling_params.clone()
+        params.extra_args = without_compression(params.extra_args)
+        request.sampling_params = params
+        return SkipReason.SESSION if request.resumable else SkipReason.SHARED_BLOCKS
 
     def find_longest_cache_hit(  # type: ignore[override]
         self,
@@ -116,8 +107,8 @@ class MixedDimManager(FullAttentionManager):
         if request is not None and request.block_hashes is block_hashes:
             plan = self.plan_of(request)
         else:
-            plan = self._policy.plan(max_length + 1, None)
-        if plan is not None:
+            plan = self._policy.plan(max_length + 1)
+        if isinstance(plan, LeasePlan):
             max_length = min(max_length, plan.first_lease_block * self.block_size)
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, **kwargs
@@ -136,7 +127,7 @@ class MixedDimManager(FullAttentionManager):
         """
         del num_prompt_tokens
         plan = self._plans.get(request_id)
-        if plan is not None and processed_computed_tokens >= plan.prompt_tokens:
+        if isinstance(plan, LeasePlan) and processed_computed_tokens >= plan.prompt_tokens:
             self._remove_blocks_in_range(request_id, 0, plan.first_lease_block)
             self._metrics.returned(request_id, plan.first_lease_block)
 
@@ -149,3 +140,10 @@ class MixedDimManager(FullAttentionManager):
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """No common prefix: cascade attention cannot read leases."""
         return 0
+
+
+def _parse(request: Request) -> CompressionRequest:
+    tokens, params = request.num_prompt_tokens, request.sampling_params
+    if params is None:
+        return CompressionRequest(request.request_id, tokens, generates=False)
+    return CompressionRequest.parse(request.request_id, tokens, params.extra_args)

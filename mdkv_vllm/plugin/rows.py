@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from mdkv_vllm.config import Budget, request_budget
-
-
-@dataclass(frozen=True)
-class Request:
-    """What compression needs to know of a request.
-
-    Attributes:
-        request_id: vLLM's id.
-        prompt_tokens: length of its prompt.
-        budget: its own budget, None for the server's.
-        compressible: whether it is a text generation.
-    """
-
-    request_id: str
-    prompt_tokens: int
-    budget: Budget | None
-    compressible: bool
+from mdkv_vllm.request import CompressionRequest
 
 
 class BatchOrder(Protocol):
@@ -65,9 +47,12 @@ def batch_order(runner: Any, use_v2: bool) -> BatchOrder:  # noqa: ANN401
     return RunnerV2Order(runner) if use_v2 else RunnerV1Order(runner)
 
 
-def new_requests(scheduled: SchedulerOutput) -> Iterator[Request]:
+def new_requests(scheduled: SchedulerOutput) -> Iterator[CompressionRequest]:
     """Requests that a step brings, those that runner V2 meets again after a preemption included."""
     for new in scheduled.scheduled_new_reqs:
-        params = new.sampling_params
-        budget = request_budget(params.extra_args) if params is not None else None
-        yield Request(new.req_id, new.prompt_len, budget, params is not None)
+        if new.sampling_params is None:
+            yield CompressionRequest(new.req_id, new.prompt_len, generates=False)
+        else:
+            yield CompressionRequest.parse(
+                new.req_id, new.prompt_len, new.sampling_params.extra_args
+            )

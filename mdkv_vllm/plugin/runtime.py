@@ -20,15 +20,16 @@ from mdkv_vllm.plugin.metadata import Capture, Decode, MixedDimMetadata, StepBuf
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention, on_device
 from mdkv_vllm.plugin.reports import CompressionRecord, Stopwatch, Totals
-from mdkv_vllm.plugin.rows import BatchOrder, Request
+from mdkv_vllm.plugin.rows import BatchOrder
 from mdkv_vllm.policy import Policy
+from mdkv_vllm.request import CompressionRequest
 
 
 @dataclass
 class _Prompt:
     """A prompt on its way to compression, or compressed."""
 
-    request: Request
+    request: CompressionRequest
     plan: LeasePlan | None
     window: torch.Tensor | None = None
 
@@ -156,7 +157,7 @@ class Runtime:
 
     @contextmanager
     def step(
-        self, finished: set[str], preempted: set[str], new: Iterable[Request]
+        self, finished: set[str], preempted: set[str], new: Iterable[CompressionRequest]
     ) -> Iterator[None]:
         """Around one step of the model; what runs outside of any is a rehearsal of vLLM's.
 
@@ -171,10 +172,9 @@ class Runtime:
         """
         self._end_prompts(finished, preempted)
         for request in new:
-            plan = None
-            if request.compressible:
-                plan = self.policy.plan(request.prompt_tokens, request.budget)
-            self._prompts[request.request_id] = _Prompt(request, plan)
+            plan = self.policy.plan_request(request)
+            held = plan if isinstance(plan, LeasePlan) else None
+            self._prompts[request.request_id] = _Prompt(request, held)
         self._stepping = True
         try:
             yield
@@ -309,8 +309,8 @@ class Runtime:
                 kept = self._recent[0, :queries]
                 self._decode.attend(query, 0, leases, nothing, nothing, leases, output, kept)
             queries *= 2
-        plan = self.policy.plan(prompt_tokens, None)
-        if plan is not None:
+        plan = self.policy.plan(prompt_tokens)
+        if isinstance(plan, LeasePlan):
             # Whatever lies in one block, as every block of the prompt.
             needed = -(-prompt_tokens // self.policy.geometry.block_size)
             blocks = torch.zeros(needed, dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdkv_vllm.core.plan import LeaseTerms, plan_lease
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, SkipReason, plan_lease
 
 terms = st.builds(
     LeaseTerms,
@@ -17,7 +17,7 @@ terms = st.builds(
 @given(st.integers(1, 20000), terms)
 def test_plan_is_within_budget_and_leaves_the_window_alone(prompt_tokens, terms):
     plan = plan_lease(prompt_tokens, terms)
-    if plan is None:
+    if isinstance(plan, SkipReason):
         return
     assert 0 < plan.first_lease_block < plan.tail_block
     assert plan.span_tokens <= prompt_tokens - terms.window
@@ -32,16 +32,16 @@ def test_plan_is_within_budget_and_leaves_the_window_alone(prompt_tokens, terms)
 @given(st.integers(300, 20000), terms)
 def test_plan_uses_the_budget(prompt_tokens, terms):
     plan = plan_lease(prompt_tokens, terms)
-    if plan is not None:
+    if isinstance(plan, LeasePlan):
         assert plan.kept_share > terms.budget - (terms.block_size / prompt_tokens) - 1e-9
 
 
 def test_full_budget_and_short_prompts_are_left_alone():
     terms = LeaseTerms(block_size=16, window=32, min_prompt_tokens=256, budget=1.0)
-    assert plan_lease(4096, terms) is None
+    assert plan_lease(4096, terms) is SkipReason.FULL_BUDGET
     terms = LeaseTerms(block_size=16, window=32, min_prompt_tokens=256, budget=0.3)
-    assert plan_lease(255, terms) is None
-    assert plan_lease(256, terms) is not None
+    assert plan_lease(255, terms) is SkipReason.TOO_SHORT
+    assert isinstance(plan_lease(256, terms), LeasePlan)
 
 
 def test_worked_example():

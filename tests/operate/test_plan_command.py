@@ -29,9 +29,9 @@ def folder(tmp_path):
 def fits(policy, blocks, load, requests, prefilling):
     """Whether that many requests can be held while some are being prefilled."""
     size = policy.geometry.block_size
-    plan = policy.plan(load.prompt, None)
+    plan = policy.plan(load.prompt)
     longest = -(-(load.prompt + load.answer) // size)
-    kept = longest - (plan.first_lease_block if plan else 0)
+    kept = longest - (plan.first_lease_block if isinstance(plan, LeasePlan) else 0)
     prompt = -(-load.prompt // size)
     return (requests - prefilling) * kept + prefilling * prompt <= blocks
 

@@ -16,7 +16,7 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
-from mdkv_vllm.core.plan import LeaseTerms, plan_lease
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.ops import cpu
 from mdkv_vllm.ops.cpu_compress import CpuKernels
 
@@ -202,7 +202,7 @@ def compress(
     layout = LeaseLayout(geometry, formats, layers, heads, basis_rank)
     floor = None if formats.drop else formats.formats[0].tokens_per_page
     plan = plan_lease(tokens, LeaseTerms(16, window, 64, budget, layout.min_blocks, floor))
-    assert plan is not None
+    assert isinstance(plan, LeasePlan)
     cache = torch.randn(layers, 2, heads, tokens, size) * torch.linspace(2, 0.2, size)
     queries = torch.randn(layers, heads * group, window, size)
     compressor = Compressor(layout, loss, size**-0.5, heads=by_head, kernels=kernels)

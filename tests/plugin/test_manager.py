@@ -29,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from mdkv_vllm.config import REQUEST_BUDGET, MixedDimConfig
+from mdkv_vllm.core.plan import LeasePlan, SkipReason
 from mdkv_vllm.plugin.metrics.recorder import current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,
@@ -40,7 +41,6 @@ from mdkv_vllm.plugin.metrics.table import (
 )
 from mdkv_vllm.plugin.requests import admit
 from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
-from mdkv_vllm.policy import SkipReason
 
 BLOCK, LAYERS, BLOCKS = 16, 2, 64
 BLOCK_BYTES = LAYERS * 2 * BLOCK * 2 * 64 * 2
@@ -69,9 +69,9 @@ def make_manager(caching=True, config=CONFIG):
     )
 
 
-def make_request(name, prompt, budget=None, config=CONFIG, **changes):
-    extra = {REQUEST_BUDGET: budget} if budget else None
-    params = SamplingParams(max_tokens=100, extra_args=extra)
+def make_request(name, prompt, budget=None, config=CONFIG, others=None, **changes):
+    extra = (others or {}) | ({REQUEST_BUDGET: budget} if budget else {})
+    params = SamplingParams(max_tokens=100, extra_args=extra or None)
     admit(params, config)
     hasher = get_request_block_hasher(BLOCK, sha256)
     return Request(name, prompt, params, None, block_hasher=hasher, **changes)
@@ -172,14 +172,14 @@ class LeaseLife(RuleBasedStateMachine):
         after = before + chunk
         blocks = self.single.req_to_blocks[request.request_id]
         plan = self.single.plan_of(request)
-        leased = plan is not None and before >= plan.prompt_tokens
+        leased = isinstance(plan, LeasePlan) and before >= plan.prompt_tokens
         for index in range(before // BLOCK, -(-after // BLOCK)):
             block = blocks[index]
             assert not block.is_null
             assert not (leased and index < plan.tail_block)
             upto = min((index + 1) * BLOCK, after)
             self.memory[block.block_id] = tuple(request.all_token_ids[:upto])
-        if plan is not None and before < plan.prompt_tokens <= after:
+        if isinstance(plan, LeasePlan) and before < plan.prompt_tokens <= after:
             self.pending.append((request, [block.block_id for block in blocks]))
         request.num_computed_tokens = after
         if after == request.num_tokens:
@@ -214,7 +214,7 @@ class LeaseLife(RuleBasedStateMachine):
         for request in self.running:
             plan = self.single.plan_of(request)
             blocks = self.single.req_to_blocks[request.request_id]
-            if plan is None:
+            if isinstance(plan, SkipReason):
                 continue
             # Freed when the step after the rewrite is scheduled.
             if self.before_last_step[request.request_id] >= plan.prompt_tokens:
@@ -233,7 +233,7 @@ class LeaseLife(RuleBasedStateMachine):
         assert recorder.value(KEPT_BYTES) == kept * BLOCK_BYTES
         skipped = sum(recorder.value(PROMPTS_SKIPPED, reason=r.value) for r in SkipReason)
         plans = [self.single.plan_of(request) for request in self.admitted.values()]
-        assert skipped == plans.count(None)
+        assert skipped == sum(isinstance(plan, SkipReason) for plan in plans)
         bounds = (*PROMPT_BUDGET.buckets, math.inf)
         assert len(plans) == sum(
             recorder.value(PROMPT_BUDGET, "mixeddim:prompt_budget_bucket", le=floatToGoString(b))
@@ -319,7 +319,7 @@ def test_opting_in_never_writes_shared_blocks():
     # As if admitted by other settings: the manager itself must notice.
     late = make_request("b", document(0, 320), 0.3)
     assert run_prompt(manager, late) > 0
-    assert manager.coordinator.single_type_managers[0].plan_of(late) is None
+    assert manager.coordinator.single_type_managers[0].plan_of(late) is SkipReason.FULL_BUDGET
     assert late.sampling_params.extra_args == {REQUEST_BUDGET: 1.0}
     shared = SkipReason.SHARED_BLOCKS.value
     assert current_recorder().value(PROMPTS_SKIPPED, reason=shared) == 1
@@ -328,12 +328,13 @@ def test_opting_in_never_writes_shared_blocks():
 
 def test_sessions_that_may_grow_are_left_alone():
     manager = make_manager()
-    session = make_request("a", document(0, 320), resumable=True)
+    others = {"another_plugin": {"keeps": ["this"]}}
+    session = make_request("a", document(0, 320), 0.3, others=others, resumable=True)
     run_prompt(manager, session)
     manager.remove_skipped_blocks("a", 320, 320)
     assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - 20
-    # What the worker plans by:
-    assert session.sampling_params.extra_args == {REQUEST_BUDGET: 1.0}
+    # What the worker plans by, beside what other plugins put there:
+    assert session.sampling_params.extra_args == others | {REQUEST_BUDGET: 1.0}
 
 
 def test_disabled_compression_is_stock_behaviour():

@@ -20,13 +20,14 @@ from mdkv_vllm.plugin.metrics.table import COMPRESSED_TOKENS, LEASE_BYTES
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
 from mdkv_vllm.plugin.reports import Stopwatch
-from mdkv_vllm.plugin.rows import Request, RunnerV1Order, RunnerV2Order
+from mdkv_vllm.plugin.rows import RunnerV1Order, RunnerV2Order
 from mdkv_vllm.plugin.runtime import Runtime, StepLimits
 from mdkv_vllm.policy import Policy
+from mdkv_vllm.request import CompressionRequest
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS = 2, 2, 3, 64, 16, 96
 PROMPT = 300
-REQUEST = Request("a", PROMPT, None, True)
+REQUEST = CompressionRequest("a", PROMPT)
 
 
 class RefusedKernel:
@@ -108,7 +109,7 @@ class Worker:
 
     def prefill(self, chunks, beside=()):
         """The prompt in chunks of those many tokens; then a step that compresses it."""
-        done, new = 0, [REQUEST, *(Request(i, 40, None, True) for i in beside)]
+        done, new = 0, [REQUEST, *(CompressionRequest(i, 40) for i in beside)]
         for count in chunks:
             ids = [*beside, "a"]
             counts = [*[1] * len(beside), count]
@@ -197,7 +198,7 @@ def test_padding_sees_nothing_and_addresses_stay():
     worker = Worker(graph_tokens=8)
     captured = worker.runtime.begin_step(worker.batch([], [], [], padded_to=4)).decode
     assert captured.lengths.tolist() == [0] * 4
-    new = [Request("b", 40, None, True), Request("c", 40, None, True)]
+    new = [CompressionRequest("b", 40), CompressionRequest("c", 40)]
     with worker.runtime.step(set(), set(), new):
         metadata = worker.runtime.begin_step(
             worker.batch(["b", "c"], [1, 1], [41, 55], padded_to=4)
@@ -243,7 +244,7 @@ def test_nothing_on_the_device_is_read():
     worker = Worker(graph_tokens=8, device="meta", kernel=RefusedKernel())
     with pytest.raises(RuntimeError, match="meta"):
         worker.table[0, 0].item()
-    new = [REQUEST, Request("b", 290, None, True), Request("c", 40, None, True)]
+    new = [REQUEST, CompressionRequest("b", 290), CompressionRequest("c", 40)]
     query = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE, device="meta")
     with worker.runtime.step(set(), set(), new):
         batch = worker.batch(["c", "b", "a"], [1, 1, 299], [60, 280, 299])

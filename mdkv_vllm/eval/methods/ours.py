@@ -41,8 +41,8 @@ class MixedDim:
         dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
         geometry = PageGeometry(BLOCK_TOKENS, model.head_size, dtype)
         policy = Policy(config, geometry, model.num_layers, model.num_kv_heads)
-        plan = policy.plan(prefill.num_tokens, None)
-        if plan is None:
+        plan = policy.plan(prefill.num_tokens)
+        if not isinstance(plan, LeasePlan):
             return full_cache(prefill)
         basis = self._basis(model, policy)
         sizes = (model.num_layers, model.num_kv_heads)

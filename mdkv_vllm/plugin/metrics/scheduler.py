@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mdkv_vllm.core.plan import LeasePlan, SkipReason
 from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,
@@ -11,7 +12,7 @@ from mdkv_vllm.plugin.metrics.table import (
     PROMPTS_COMPRESSED,
     PROMPTS_SKIPPED,
 )
-from mdkv_vllm.policy import Policy, SkipReason
+from mdkv_vllm.policy import Policy
 
 
 class SchedulerMetrics:
@@ -34,16 +35,18 @@ class SchedulerMetrics:
         for reason in SkipReason:
             self._recorder.declare(PROMPTS_SKIPPED, reason=reason.value)
 
-    def decided(self, budget: float, skipped: SkipReason | None) -> None:
+    def decided(self, budget: float, plan: LeasePlan | SkipReason) -> None:
         """A new prompt is to be compressed, or not.
 
         Args:
             budget: share of its bytes to keep.
-            skipped: why it is left alone; None where it is not.
+            plan: of its lease, or why it is left alone.
         """
-        self._recorder.observe(PROMPT_BUDGET, 1.0 if skipped else budget)
-        if skipped:
-            self._recorder.add(PROMPTS_SKIPPED, reason=skipped.value)
+        if isinstance(plan, SkipReason):
+            self._recorder.observe(PROMPT_BUDGET, 1.0)
+            self._recorder.add(PROMPTS_SKIPPED, reason=plan.value)
+        else:
+            self._recorder.observe(PROMPT_BUDGET, budget)
 
     def holds(self, request_id: str, blocks: int) -> None:
         """A request's block table has that many entries, those given back included."""

@@ -12,8 +12,12 @@ if importlib.util.find_spec("mdkv_vllm") is None:
 if importlib.util.find_spec("leases") is None:
     sys.path.append(str(_ROOT / "tests"))  # random leases, shared with the tests
 
-import mdkv_vllm  # noqa: E402
-
-# The name that an installation gives the folder at the root (see pyproject.toml).
-if importlib.util.find_spec("mdkv_vllm.triton_kernels") is None:
-    mdkv_vllm.__path__.append(str(_ROOT))
+# The name that an installation gives the folder (see pyproject.toml).
+_KERNELS = "mdkv_vllm.triton_kernels"
+if importlib.util.find_spec(_KERNELS) is None:
+    _place = _ROOT / "triton_kernels" / "mixeddim"
+    _spec = importlib.util.spec_from_file_location(_KERNELS, _place / "__init__.py")
+    assert _spec is not None
+    assert _spec.loader is not None
+    _kernels = sys.modules[_KERNELS] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(_kernels)

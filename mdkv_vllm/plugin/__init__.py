@@ -26,7 +26,9 @@ def register() -> None:
         )
         return
     from mdkv_vllm.plugin.registration import register_mixeddim
+    from mdkv_vllm.plugin.source_folder import hide_source_folder
 
+    hide_source_folder()
     register_mixeddim()
 
 
@@ -43,6 +45,9 @@ def platform_class() -> str | None:
         return None
     from vllm.platforms import cpu_platform_plugin, cuda_platform_plugin
 
+    from mdkv_vllm.plugin.source_folder import hide_source_folder
+
+    hide_source_folder()
     if cuda_platform_plugin() is not None:
         return "mdkv_vllm.plugin.cuda_platform.MixedDimCudaPlatform"
     if cpu_platform_plugin() is not None:

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from mdkv_vllm.cli import main
 from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.operate.model_sizes import read_model_sizes
 from mdkv_vllm.operate.plan import Load, capacity, parse_bytes, policy_for
 

@@ -19,7 +19,7 @@ DECODE_PATH = (
     "mdkv_vllm/plugin/prefill/flash.py",
     "mdkv_vllm/ops/decode.py",
     "mdkv_vllm/ops/cuda.py",
-    "triton_kernels/mixed_decode.py",
+    "triton_kernels/mixeddim/mixed_decode.py",
 )
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "is_nonzero", "equal"}
 

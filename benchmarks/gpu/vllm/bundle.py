@@ -188,7 +188,7 @@ def pack_project(path: Path) -> Path:
         for source in sorted((ROOT / "mdkv_vllm").rglob("*")):
             if source.is_file() and source.suffix in (".py", ".html", ".js"):
                 _add(tar, str(source.relative_to(ROOT)), source.read_bytes())
-        for source in sorted((ROOT / "triton_kernels").glob("*.py")):
+        for source in sorted((ROOT / "triton_kernels" / "mixeddim").glob("*.py")):
             _add(tar, f"mdkv_vllm/triton_kernels/{source.name}", source.read_bytes())
         _add(tar, "mdkv_vllm/libmdkv_cuda.so", library.read_bytes())
         for name, content in metadata().items():

@@ -3,7 +3,7 @@
 import platform
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 SOURCES = sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))
@@ -34,6 +34,8 @@ class BuildPerIsa(BuildExtension):
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 setup(
+    # The Triton kernels lie in a folder of their own, see pyproject.toml.
+    packages=[*find_packages(include=["mdkv_vllm", "mdkv_vllm.*"]), "mdkv_vllm.triton_kernels"],
     ext_modules=[
         CppExtension(
             "mdkv_vllm._cpu",

@@ -18,9 +18,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from mdkv_vllm.config import ConfigError, MixedDimConfig
 from mdkv_vllm.plugin.arena import store_tokens
-from mdkv_vllm.plugin.metadata import MixedDimMetadata
 from mdkv_vllm.plugin.registration import BACKEND_NAME, DEFAULT_BLOCK_SIZE
-from mdkv_vllm.plugin.runtime import current_runtime
+from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
+from mdkv_vllm.plugin.worker_runtime.runtime import current_runtime
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -214,11 +214,5 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
             raise NotImplementedError("mixeddim: fused output quantisation is not supported")
         if attn_metadata is None:
             return output.fill_(0)
-        runtime = current_runtime()
-        layer_index = runtime.layer_of(kv_cache)
-        if attn_metadata.prefill is not None:
-            attn_metadata.prefill.attend(query, key, value, kv_cache, self.scale, output)
-        for capture in attn_metadata.captures:
-            capture.copy(layer_index, query)
-        runtime.decode(layer_index, query, attn_metadata, output)
+        current_runtime().attend(kv_cache, query, key, value, attn_metadata, self.scale, output)
         return output

@@ -9,8 +9,8 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
-from mdkv_vllm.plugin.runtime import Runtime, install_runtime
 from mdkv_vllm.plugin.worker import MixedDimWorker, policy_of
+from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
 
 # vLLM shows only what loggers below its own name say.
 logger = init_logger(f"vllm.{__name__}")
@@ -22,7 +22,7 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
     def determine_available_memory(self) -> int:
         """Bytes for the cache: what vLLM finds, less what compression needs beyond a step.
 
-        vLLM rehearses the model and its CUDA graphs over a cache of a few blocks; so do we. What
+        vLLM warms up the model and its CUDA graphs over a cache of a few blocks; so do we. What
         our runtime holds is then seen by vLLM as held. What compressing the longest prompt takes
         for a moment may lie where a step's activations lie at other times.
         """
@@ -37,7 +37,7 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         runtime = self._make_runtime(policy, arena)
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
-        tokens = self._rehearse(runtime)
+        tokens = self._warm_up(runtime)
         passing = torch.cuda.max_memory_allocated() - held
         windows = runtime.window_bytes
         torch.cuda.empty_cache()
@@ -58,7 +58,7 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         )
         return available - beyond
 
-    def _rehearse(self, runtime: Runtime) -> int:
+    def _warm_up(self, runtime: Runtime) -> int:
         """Rehearse the longest prompt that there is memory for; its length.
 
         vLLM may yet shorten what the model allows, and says so itself where nothing fits.
@@ -66,7 +66,7 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         tokens = self.vllm_config.model_config.max_model_len - 1
         while True:
             try:
-                runtime.rehearse(tokens)
+                runtime.warm_up(tokens)
             except torch.OutOfMemoryError:
                 if tokens < runtime.policy.config.min_prompt_tokens:
                     raise

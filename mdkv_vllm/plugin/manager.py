@@ -123,7 +123,7 @@ class MixedDimManager(FullAttentionManager):
         """Free the blocks before the lease once the prompt has been prefilled.
 
         The worker compresses it before its next forward pass, the first that may write a block
-        freed here (see :meth:`mdkv_vllm.plugin.runtime.Runtime.compress_ended`).
+        freed here (see :meth:`mdkv_vllm.plugin.worker_runtime.runtime.Runtime.step`).
         """
         del num_prompt_tokens
         plan = self._plans.get(request_id)

@@ -25,8 +25,8 @@ from mdkv_vllm.plugin.metrics.directory import start_recording
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.rows import batch_order, new_requests
-from mdkv_vllm.plugin.runtime import Runtime, StepLimits, install_runtime
 from mdkv_vllm.plugin.spec import MixedDimSpec
+from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, StepLimits, install_runtime
 from mdkv_vllm.policy import Policy
 
 if TYPE_CHECKING:

@@ -12,8 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DECODE_PATH = (
     "mdkv_vllm/plugin/backend.py",
-    "mdkv_vllm/plugin/metadata.py",
-    "mdkv_vllm/plugin/runtime.py",
+    "mdkv_vllm/plugin/worker_runtime/runtime.py",
+    "mdkv_vllm/plugin/worker_runtime/step_builder.py",
+    "mdkv_vllm/plugin/worker_runtime/query_window.py",
+    "mdkv_vllm/plugin/worker_runtime/request_table.py",
+    "mdkv_vllm/plugin/worker_runtime/compression_runner.py",
+    "mdkv_vllm/plugin/worker_runtime/metadata.py",
     "mdkv_vllm/plugin/rows.py",
     "mdkv_vllm/plugin/prefill/__init__.py",
     "mdkv_vllm/plugin/prefill/flash.py",

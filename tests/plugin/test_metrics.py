@@ -28,7 +28,7 @@ from mdkv_vllm.plugin.metrics.table import (
     METRICS,
 )
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
-from mdkv_vllm.plugin.reports import CompressionReport
+from mdkv_vllm.plugin.worker_runtime.reports import CompressionReport
 from mdkv_vllm.policy import Policy
 
 LABELS = {"model_name": "m", "engine": "0"}

@@ -19,9 +19,9 @@ from mdkv_vllm.plugin.metrics.recorder import Recorder
 from mdkv_vllm.plugin.metrics.table import COMPRESSED_TOKENS, LEASE_BYTES
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
-from mdkv_vllm.plugin.reports import Stopwatch
 from mdkv_vllm.plugin.rows import RunnerV1Order, RunnerV2Order
-from mdkv_vllm.plugin.runtime import Runtime, StepLimits
+from mdkv_vllm.plugin.worker_runtime.reports import Stopwatch
+from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, StepLimits
 from mdkv_vllm.policy import Policy
 from mdkv_vllm.request import CompressionRequest
 
@@ -97,13 +97,8 @@ class Worker:
         outputs = []
         for layer in range(LAYERS):
             output = torch.full_like(query[layer], torch.nan)
-            heads = slice(layer * HEADS, (layer + 1) * HEADS)
-            if metadata.prefill is not None:
-                view = self.arena[:, heads]
-                metadata.prefill.attend(query[layer], None, None, view, SIZE**-0.5, output)
-            for capture in metadata.captures:
-                capture.copy(layer, query[layer])
-            self.runtime.decode(layer, query[layer], metadata, output)
+            view = self.arena[:, layer * HEADS : (layer + 1) * HEADS]
+            self.runtime.attend(view, query[layer], None, None, metadata, SIZE**-0.5, output)
             outputs.append(output)
         return outputs
 
@@ -260,7 +255,7 @@ def test_nothing_on_the_device_is_read():
         worker.forward(worker.runtime.begin_step(batch), query[:, :4])
 
 
-def test_rehearsal_runs_every_kernel_and_leaves_the_cache_alone():
+def test_warm_up_runs_every_kernel_and_leaves_the_cache_alone():
     worker = Worker(graph_tokens=4)
     before = worker.arena.clone()
     seen = []
@@ -271,7 +266,7 @@ def test_rehearsal_runs_every_kernel_and_leaves_the_cache_alone():
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Compressor, "compress", lambda *args: (seen.append(args[3]), compress(*args)))
-        worker.runtime.rehearse(PROMPT)
+        worker.runtime.warm_up(PROMPT)
     # Up to the largest graph, with the queries kept as well.
     decodes = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True), (8, False)]
     assert seen == [*decodes, worker.runtime.policy.plan(PROMPT, None)]
@@ -303,7 +298,7 @@ def counted(worker):
     return recorder
 
 
-def test_rehearsed_compressions_are_not_counted():
+def test_compressions_of_the_warm_up_are_not_counted():
     worker = Worker().prefill([PROMPT])
     recorder = counted(worker)
     assert worker.runtime.status()["totals"]["prompts"] == 0

@@ -20,7 +20,7 @@ from mdkv_vllm.plugin.metrics.table import (
 from mdkv_vllm.policy import Policy
 
 if TYPE_CHECKING:
-    from mdkv_vllm.plugin.reports import CompressionReport
+    from mdkv_vllm.plugin.worker_runtime.reports import CompressionReport
 
 SPAN = "mixeddim.compress"
 """Name of the OpenTelemetry span of one compression."""

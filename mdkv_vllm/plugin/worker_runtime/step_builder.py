@@ -1,0 +1,126 @@
+"""Turns vLLM's batch into what every layer does in the step."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention, on_device
+from mdkv_vllm.plugin.rows import BatchOrder
+from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
+from mdkv_vllm.plugin.worker_runtime.metadata import Decode, MixedDimMetadata, StepBuffers
+from mdkv_vllm.plugin.worker_runtime.query_window import QueryWindow
+from mdkv_vllm.plugin.worker_runtime.request_table import RequestTable
+
+
+class _Step:
+    """One step's metadata in the making."""
+
+    def __init__(self, batch: CommonAttentionMetadata, graph_tokens: int) -> None:
+        self.batch = batch
+        self.single = batch.max_query_len == 1
+        self.metadata = MixedDimMetadata()
+        if self.single and batch.num_actual_tokens <= graph_tokens:
+            self.metadata.recent = batch.num_actual_tokens
+        self.chunks: list[Chunk] = []
+        self.tokens: list[int] = []
+        self.token_rows: list[int] = []
+        self.token_lengths: list[int] = []
+        self.leases = [(0, 0)] * batch.num_reqs
+
+    def decode(self, row: int, start: int, stop: int, context: int) -> None:
+        """Let a row's query tokens go through the decode kernel one by one."""
+        self.tokens += range(start, stop)
+        self.token_rows += [row] * (stop - start)
+        self.token_lengths += range(context + 1, context + 1 + stop - start)
+
+    def pad(self) -> None:
+        """Rows that pad a CUDA graph's batch have no request, and see nothing."""
+        padding = self.batch.num_actual_tokens - len(self.tokens)
+        self.tokens = list(range(self.batch.num_actual_tokens))
+        self.token_rows += [0] * padding
+        self.token_lengths += [0] * padding
+
+    def where(self, device: torch.device) -> torch.Tensor | slice:
+        """The decoded tokens in the batch."""
+        if self.tokens[-1] - self.tokens[0] + 1 == len(self.tokens):
+            return slice(self.tokens[0], self.tokens[-1] + 1)
+        return on_device(self.tokens, torch.int64, device)
+
+
+class StepBuilder:
+    """Sorts a step's requests into prefills and decodes, and notes prompts that end in it.
+
+    Args:
+        table: the requests.
+        window: captures the prompts' last queries.
+        runner: compresses prompts that end.
+        prefill: attention of prompts.
+        order: reads the running batch.
+        max_tokens: query tokens of a step at most.
+        max_requests: rows of a step at most.
+        device: where the cache is.
+    """
+
+    def __init__(
+        self,
+        table: RequestTable,
+        window: QueryWindow,
+        runner: CompressionRunner,
+        prefill: PrefillAttention,
+        order: BatchOrder,
+        max_tokens: int,
+        max_requests: int,
+        device: torch.device,
+    ) -> None:
+        self._table = table
+        self._window = window
+        self._runner = runner
+        self._prefill = prefill
+        self._order = order
+        self._device = device
+        self._buffers = StepBuffers(max_tokens, max_requests, device)
+
+    def build(self, batch: CommonAttentionMetadata, stepping: bool) -> MixedDimMetadata:
+        """Build one step's metadata, shared by all layers.
+
+        Args:
+            batch: vLLM's.
+            stepping: whether its rows are requests; vLLM's warm-up makes them up.
+        """
+        step = _Step(batch, self._window.graph_tokens)
+        starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
+        assert batch.seq_lens_cpu_upper_bound is not None
+        lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()
+        ids = self._order.request_ids(batch)[: batch.num_reqs] if stepping else []
+        for row, request_id in enumerate(ids):
+            self._add(step, request_id, row, starts[row], starts[row + 1], lengths[row])
+        if step.single:
+            step.pad()
+        if step.tokens:
+            loaded = self._buffers.load(step.token_rows, step.token_lengths, step.leases)
+            where = step.where(self._device)
+            step.metadata.decode = Decode(where, *loaded, batch.block_table_tensor)
+        if step.chunks:
+            table = batch.block_table_tensor
+            step.metadata.prefill = self._prefill.prepare(step.chunks, table)
+        return step.metadata
+
+    def _add(
+        self, step: _Step, request_id: str, row: int, start: int, stop: int, length: int
+    ) -> None:
+        prompt = self._table[request_id]
+        context, plan = length - (stop - start), prompt.plan
+        leased = plan is not None and context >= plan.prompt_tokens
+        if plan is not None and leased:
+            step.leases[row] = (plan.first_lease_block, plan.tail_block)
+        elif plan is not None:
+            self._window.note(prompt, plan, step.metadata, start, context, length)
+            if length >= plan.prompt_tokens:
+                needed = -(-plan.prompt_tokens // plan.block_size)
+                blocks = step.batch.block_table_tensor[row, :needed].clone()
+                self._runner.add(prompt, plan, blocks)
+        if leased or stop - start == 1:
+            step.decode(row, start, stop, context)
+        else:
+            step.chunks.append(Chunk(start, stop, context, row))

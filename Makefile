@@ -1,5 +1,5 @@
 # make serve   talk to a real model over a compressed KV cache     make demo   see what it did
-.PHONY: setup serve demo test test-next-vllm lint chart sbom audit cuda bench bench-gpu eval lm-eval clean
+.PHONY: setup serve demo test test-fast test-next-vllm lint chart sbom audit cuda bench bench-gpu eval lm-eval clean
 export MODEL PORT BUDGET SETTINGS ARGS
 
 BIN := .venv/bin
@@ -13,12 +13,15 @@ serve: setup
 demo: setup
 	$(BIN)/mdkv demo --port $(or $(PORT),8000)
 
-# Everything that needs no GPU.
-test:
+# Everything that needs no GPU: tests without a server two at a time, then those with one.
+test: test-fast
+	$(BIN)/python -m pytest -m "server or slow" --durations 10
+	$(MAKE) test-next-vllm
+
+test-fast:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest
-	$(MAKE) test-next-vllm
+	$(BIN)/python -m pytest -m "not server" -n 2 --dist loadfile --durations 10
 
 # The plugin and one real server on vLLM 0.33, for which the index has no CPU build yet.
 NEXT_VLLM := build/vllm-0.33

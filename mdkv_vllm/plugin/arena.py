@@ -10,6 +10,7 @@ from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 
 from mdkv_vllm.config import ConfigError
+from mdkv_vllm.plugin.compat import cache_scales
 from mdkv_vllm.policy import Policy
 
 
@@ -78,7 +79,7 @@ def store_tokens(
         return
     keys, values = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
     vllm_ops.reshape_and_cache_flash(
-        key, value, keys, values, slot_mapping, kv_cache_dtype, layer._k_scale, layer._v_scale
+        key, value, keys, values, slot_mapping, kv_cache_dtype, *cache_scales(layer)
     )
 
 

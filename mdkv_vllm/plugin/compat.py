@@ -1,12 +1,18 @@
-"""Private symbols of vLLM that we use, each with the reason and when it can go.
+"""Every private or unstable name of vLLM that we use: why, and when it can go.
 
-``tests/plugin/test_compat.py`` fails when one of them changes or is no longer needed.
+What differs between vLLM 0.32 and 0.33 is here too. ``tests/plugin/test_compat.py`` fails when one
+of them changes or is no longer needed, on each version that it is run with.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
-from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+if TYPE_CHECKING:
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+    from vllm.v1.worker.gpu_worker import Worker
 
 
 def attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
@@ -15,4 +21,51 @@ def attention_isa(dtype: torch.dtype, block_size: int, head_size: int) -> str:
     Private because vLLM has no public name for the choice; can go when
     ``cpu_attention_with_kv_cache`` makes it itself.
     """
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
     return _get_attn_isa(dtype, block_size, head_size)
+
+
+def cache_scales(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+    """A layer's scales of cached keys and values, which vLLM's kernel that writes them wants.
+
+    Private because backends of vLLM's own read them so; can go when the layer has public ones, or
+    that kernel takes none for 16-bit caches.
+    """
+    return layer._k_scale, layer._v_scale
+
+
+def remove_blocks(
+    manager: SingleTypeKVCacheManager, request_id: str, first: int, last: int
+) -> None:
+    """Free the blocks ``first .. last - 1`` of a request's table, which become null blocks.
+
+    Private because only vLLM's own sliding windows free in mid-request; can go when a manager may
+    name ranges to free.
+    """
+    manager._remove_blocks_in_range(request_id, first, last)
+
+
+def step_activations(worker: Worker, estimates_graphs: bool) -> int:
+    """Bytes that a step was seen to take for a moment while vLLM profiled its memory.
+
+    Args:
+        worker: vLLM's, after ``determine_available_memory``.
+        estimates_graphs: whether CUDA graphs, which stay, are among them.
+
+    Neither attribute is documented, and neither is set where vLLM takes the cache's size from a
+    start-up plan it saved: then nothing is known, which is 0. Can go when vLLM offers the profile.
+    """
+    known = vars(worker)
+    graphs = known.get("cudagraph_memory_estimate", 0) if estimates_graphs else 0
+    return max(0, known.get("peak_activation_memory", 0) - graphs)
+
+
+def asks_no_backend_for_its_block_size(device_type: str) -> bool:
+    """Whether a platform sets its own default instead of ``get_preferred_block_size`` of a backend.
+
+    vLLM 0.32 does on CPUs; can go with it.
+    """
+    from mdkv_vllm.plugin.registration import vllm_version
+
+    return device_type == "cpu" and vllm_version().startswith("0.32.")

@@ -9,6 +9,7 @@ from vllm import envs
 from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
+from mdkv_vllm.plugin.compat import step_activations
 from mdkv_vllm.plugin.worker import MixedDimWorker, policy_of
 from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
 
@@ -48,7 +49,8 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         gc.collect()
         if asked is not None:
             return available  # the user's own word on the cache
-        beyond = max(0, passing - self._activations()) + windows
+        graphs = envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS
+        beyond = max(0, passing - step_activations(self, graphs)) + windows
         logger.info(
             "mixeddim: compressing a prompt of %d tokens takes %.2f GiB for a moment, %.2f GiB of "
             "it (with window queries) beyond a step of the model, and left out of the cache",
@@ -59,7 +61,7 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         return available - beyond
 
     def _warm_up(self, runtime: Runtime) -> int:
-        """Rehearse the longest prompt that there is memory for; its length.
+        """Warm up with the longest prompt that there is memory for; its length.
 
         vLLM may yet shorten what the model allows, and says so itself where nothing fits.
         """
@@ -75,13 +77,3 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
                 torch.cuda.reset_peak_memory_stats()
             else:
                 return tokens
-
-    def _activations(self) -> int:
-        """Bytes that a step takes for a moment, CUDA graphs (which stay) not among them.
-
-        None are known where vLLM takes the cache's size from a start-up plan it saved.
-        """
-        graphs = 0
-        if envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS:
-            graphs = getattr(self, "cudagraph_memory_estimate", 0)
-        return max(0, getattr(self, "peak_activation_memory", 0) - graphs)

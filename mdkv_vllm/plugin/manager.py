@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from mdkv_vllm.core.plan import LeasePlan, SkipReason
+from mdkv_vllm.plugin.compat import remove_blocks
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
 from mdkv_vllm.request import CompressionRequest, without_compression
 
@@ -128,7 +129,7 @@ class MixedDimManager(FullAttentionManager):
         del num_prompt_tokens
         plan = self._plans.get(request_id)
         if isinstance(plan, LeasePlan) and processed_computed_tokens >= plan.prompt_tokens:
-            self._remove_blocks_in_range(request_id, 0, plan.first_lease_block)
+            remove_blocks(self, request_id, 0, plan.first_lease_block)
             self._metrics.returned(request_id, plan.first_lease_block)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

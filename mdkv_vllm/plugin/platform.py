@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.plugin.compat import asks_no_backend_for_its_block_size
 from mdkv_vllm.plugin.registration import (
     BACKEND_CLASS,
-    BACKEND_NAME,
     DEFAULT_BLOCK_SIZE,
+    is_mixeddim,
     mixeddim_selected,
     register_mixeddim,
 )
@@ -33,7 +34,7 @@ class MixedDimPlatform(Platform):
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:  # type: ignore[no-untyped-def] # noqa: ANN001
         """Our backend's class where it is selected, else vLLM's choice."""
-        if getattr(selected_backend, "name", None) != BACKEND_NAME:
+        if not is_mixeddim(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
         from mdkv_vllm.plugin.backend import MixedDimBackend
 
@@ -64,9 +65,9 @@ class MixedDimPlatform(Platform):
         refuse_unsupported(vllm_config, cls.device_type)
         expose_metrics()
         super().check_and_update_config(vllm_config)
-        # vLLM 0.32 asks no backend on CPUs; later ones ask ours, see get_preferred_block_size.
-        if not vllm_config.cache_config.user_specified_block_size:
-            vllm_config.cache_config.block_size = DEFAULT_BLOCK_SIZE
+        cache, asks_none = vllm_config.cache_config, asks_no_backend_for_its_block_size
+        if not cache.user_specified_block_size and asks_none(cls.device_type):
+            cache.block_size = DEFAULT_BLOCK_SIZE
         vllm_config.parallel_config.worker_cls = cls.worker_class
 
     @classmethod

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 BACKEND_NAME = "MIXEDDIM"
 BACKEND_CLASS = "mdkv_vllm.plugin.backend.MixedDimBackend"
@@ -35,7 +40,11 @@ def register_mixeddim() -> None:
         register_backend(BACKEND_NAME, BACKEND_CLASS)
 
 
-def mixeddim_selected(vllm_config: object) -> bool:
+def is_mixeddim(backend: AttentionBackendEnum | None) -> bool:
+    """Whether a backend is ours; None where vLLM is to choose."""
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+def mixeddim_selected(vllm_config: VllmConfig) -> bool:
     """Whether a vLLM configuration asks for our backend."""
-    backend = getattr(getattr(vllm_config, "attention_config", None), "backend", None)
-    return getattr(backend, "name", None) == BACKEND_NAME
+    return is_mixeddim(vllm_config.attention_config.backend)

@@ -1,6 +1,7 @@
 """Fails when a private symbol of vLLM that we use changes, or has become public."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,8 @@ pytest.importorskip("vllm")
 
 from vllm import _custom_ops
 from vllm.v1.attention.backends import cpu_attn
+
+from mdkv_vllm.plugin.compat import asks_no_backend_for_its_block_size, step_activations
 
 
 def test_attention_isa_is_still_ours_to_choose():
@@ -18,6 +21,32 @@ def test_attention_isa_is_still_ours_to_choose():
     ]
     chosen = inspect.signature(_custom_ops.cpu_attn_get_scheduler_metadata).parameters["isa"]
     assert chosen.default is inspect.Parameter.empty, "vLLM now chooses: compat can go"
+
+
+def test_managers_free_ranges_of_blocks():
+    from vllm.v1.core import single_type_kv_cache_manager as managers
+
+    manager = managers.SingleTypeKVCacheManager
+    parameters = inspect.signature(manager._remove_blocks_in_range).parameters
+    assert list(parameters) == ["self", "request_id", "first_block", "last_block"]
+
+
+def test_who_chooses_the_block_size():
+    """vLLM 0.32's CPU platform asks no backend; where this fails, the shim can go or must stay."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    source = inspect.getsource(CpuPlatform.update_block_size_for_backend)
+    asks = "_preferred_block_size_for_backends" in source
+    assert asks is not asks_no_backend_for_its_block_size("cpu")
+    assert not asks_no_backend_for_its_block_size("cuda")
+
+
+def test_activations_of_a_step():
+    worker = SimpleNamespace()
+    assert step_activations(worker, True) == 0  # nothing was profiled
+    worker.peak_activation_memory, worker.cudagraph_memory_estimate = 10, 4
+    assert step_activations(worker, True) == 6
+    assert step_activations(worker, False) == 10
 
 
 def test_what_only_gpus_run_still_has_its_names():

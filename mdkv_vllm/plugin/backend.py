@@ -13,12 +13,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.plugin.arena import store_tokens
 from mdkv_vllm.plugin.registration import BACKEND_NAME, DEFAULT_BLOCK_SIZE
+from mdkv_vllm.plugin.validation import refuse_layer, refuse_spec
 from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
 from mdkv_vllm.plugin.worker_runtime.runtime import current_runtime
 
@@ -86,11 +87,7 @@ class MixedDimBackend(AttentionBackend):
 
         if isinstance(spec, MixedDimSpec):
             return spec
-        if type(spec) is not FullAttentionSpec:
-            raise ConfigError(
-                f"--attention-backend mixeddim: a layer needs {type(spec).__name__}; only full "
-                "attention is supported"
-            )
+        refuse_spec(spec)
         assert cls._served is not None, "the worker names its configuration first"
         config = MixedDimConfig.from_additional_config(cls._served.additional_config)
         num_layers = cls._served.model_config.get_num_layers(cls._served.parallel_config)
@@ -158,16 +155,12 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
     ) -> None:
-        for flag, value in (
-            ("ALiBi", alibi_slopes),
-            ("sliding-window attention", sliding_window),
-            ("logits soft cap", logits_soft_cap),
-            ("KV sharing between layers", kv_sharing_target_layer_name),
-        ):
-            if value:
-                raise ConfigError(
-                    f"--attention-backend mixeddim: this model uses {flag}; it is not supported"
-                )
+        refuse_layer(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+        )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)

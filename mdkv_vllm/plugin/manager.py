@@ -102,7 +102,7 @@ class MixedDimManager(FullAttentionManager):
         hashes but not the request. A request met for the first time asks for its whole
         prompt less one token; one that was preempted asks for more, and is known by its
         hashes. Budgets above the server's default read no prefix cache at all (see
-        :mod:`mdkv_vllm.plugin.requests`), so the default plan is the widest to expect.
+        :mod:`mdkv_vllm.plugin.validation`), so the default plan is the widest to expect.
         """
         request = self._seen.get(id(block_hashes))
         if request is not None and request.block_hashes is block_hashes:

@@ -49,17 +49,13 @@ class MixedDimPlatform(Platform):
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check the settings and choose block size and worker."""
         if not mixeddim_selected(vllm_config):
-            if isinstance(vllm_config.additional_config, dict) and (
-                "mixeddim" in vllm_config.additional_config
-            ):
-                raise ConfigError(
-                    "--additional-config has a mixeddim block, but the attention backend is not "
-                    "mixeddim; add --attention-backend mixeddim"
-                )
+            from mdkv_vllm.plugin.validation import refuse_settings_without_backend
+
+            refuse_settings_without_backend(vllm_config.additional_config)
             super().check_and_update_config(vllm_config)
             return
         from mdkv_vllm.plugin.metrics.directory import expose_metrics
-        from mdkv_vllm.plugin.supported import refuse_unsupported
+        from mdkv_vllm.plugin.validation import refuse_unsupported
 
         cls._request_config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
         refuse_unsupported(vllm_config, cls.device_type)
@@ -86,6 +82,6 @@ class MixedDimPlatform(Platform):
         """Check a request's ``mixeddim_*`` fields."""
         super().validate_request(processed_inputs, params)
         if cls._request_config is not None:
-            from mdkv_vllm.plugin.requests import admit
+            from mdkv_vllm.plugin.validation import admit
 
             admit(params, cls._request_config, on_gpu=cls.device_type == "cuda")

@@ -104,7 +104,7 @@ def test_refusals_name_the_flag(dtype, cache, head_size, block_size, message):
 
     import torch
 
-    from mdkv_vllm.plugin.supported import _not_on_gpus
+    from mdkv_vllm.plugin.validation import _not_on_gpus
 
     model = SimpleNamespace(
         dtype=getattr(torch, dtype), use_mla=False, get_head_size=lambda: head_size

@@ -39,8 +39,8 @@ from mdkv_vllm.plugin.metrics.table import (
     PROMPTS_COMPRESSED,
     PROMPTS_SKIPPED,
 )
-from mdkv_vllm.plugin.requests import admit
 from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
+from mdkv_vllm.plugin.validation import admit
 
 BLOCK, LAYERS, BLOCKS = 16, 2, 64
 BLOCK_BYTES = LAYERS * 2 * BLOCK * 2 * 64 * 2

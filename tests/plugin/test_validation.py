@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.plugin.requests import admit
+from mdkv_vllm.plugin.validation import admit
 
 
 def admitted(config, **fields):

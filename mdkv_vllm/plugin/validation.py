@@ -1,0 +1,207 @@
+"""Every refusal of the plugin, by the name of the flag or field: at start-up where it can be."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+
+from mdkv_vllm.config import REQUEST_BUDGET, Budget, ConfigError, MixedDimConfig, request_budget
+
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
+"""What the GPU kernels are compiled for and checked with."""
+
+
+MAX_GPU_BLOCK_SIZE = 48
+"""Tokens of a block on GPUs. A page is a block's share of one head, and kernels hold whole pages in
+shared memory: of 64 tokens or more, too few fit a multiprocessor to keep its memory busy."""
+
+
+def refuse_unsupported(vllm_config: VllmConfig, device_type: str) -> None:
+    """Raise if the server asks for something that leases cannot carry yet.
+
+    Args:
+        vllm_config: what the server asks for.
+        device_type: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: naming every offending flag.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    parallel = vllm_config.parallel_config
+    problems = []
+    if model is not None and model.use_mla:
+        problems.append("models with multi-head latent attention (MLA)")
+    if model is not None and model.is_hybrid:
+        problems.append("hybrid models with state-space layers")
+    if model is not None and getattr(model.hf_text_config, "sliding_window", None):
+        layer_types = getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"]
+        uses = getattr(model.hf_text_config, "use_sliding_window", True)
+        if uses and "sliding_attention" in layer_types:
+            problems.append(
+                "models with sliding-window layers (disable with --disable-sliding-window)"
+            )
+    if vllm_config.speculative_config is not None:
+        problems.append("speculative decoding (--speculative-config)")
+    if parallel.decode_context_parallel_size > 1:
+        problems.append("context parallelism (--decode-context-parallel-size)")
+    if parallel.prefill_context_parallel_size > 1:
+        problems.append("context parallelism (--prefill-context-parallel-size)")
+    if parallel.pipeline_parallel_size > 1:
+        problems.append("pipeline parallelism (--pipeline-parallel-size)")
+    if vllm_config.kv_transfer_config is not None:
+        problems.append("KV connectors (--kv-transfer-config)")
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        problems.append(f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, float16, bfloat16)")
+    if device_type == "cuda":
+        problems += _not_on_gpus(vllm_config)
+    if parallel.enable_dbo:
+        problems.append("dual batch overlap (--enable-dbo)")
+    if vllm_config.attention_config.backend_per_kind:
+        problems.append("--attention-config backend_per_kind")
+    if problems:
+        raise ConfigError("--attention-backend mixeddim does not support " + "; ".join(problems))
+
+
+def _not_on_gpus(vllm_config: VllmConfig) -> list[str]:
+    """What runs on CPUs only."""
+    model, cache_type = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    if model is None:
+        return []
+    problems = []
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        problems.append(f"--dtype {model.dtype} on GPUs (allowed: float16, bfloat16)")
+    if cache_type != "auto" and STR_DTYPE_TO_TORCH_DTYPE.get(cache_type) != model.dtype:
+        problems.append(
+            f"--kv-cache-dtype {cache_type} beside --dtype {model.dtype} on GPUs (allowed: auto)"
+        )
+    if not model.use_mla and model.get_head_size() not in GPU_HEAD_SIZES:
+        sizes = ", ".join(map(str, GPU_HEAD_SIZES))
+        problems.append(f"heads of {model.get_head_size()} dimensions on GPUs (allowed: {sizes})")
+    cache = vllm_config.cache_config
+    if cache.user_specified_block_size and cache.block_size > MAX_GPU_BLOCK_SIZE:
+        problems.append(
+            f"--block-size {cache.block_size} on GPUs, whose kernels hold whole pages in shared "
+            f"memory (allowed: up to {MAX_GPU_BLOCK_SIZE}; 16 unless told otherwise)"
+        )
+    return problems
+
+
+def refuse_settings_without_backend(additional_config: object) -> None:
+    """Raise where our settings are given, but not our backend.
+
+    Raises:
+        ConfigError: naming the flag that is missing.
+    """
+    if isinstance(additional_config, dict) and "mixeddim" in additional_config:
+        raise ConfigError(
+            "--additional-config has a mixeddim block, but the attention backend is not "
+            "mixeddim; add --attention-backend mixeddim"
+        )
+
+
+def refuse_layer(**features: object) -> None:
+    """Raise where a layer of the model uses a feature of attention that leases do not have.
+
+    Args:
+        **features: what a layer asks for, by the names of vLLM's arguments; None or 0 for not.
+
+    Raises:
+        ConfigError: naming the feature.
+    """
+    for name, value in features.items():
+        if value:
+            raise ConfigError(
+                f"--attention-backend mixeddim: this model uses {_FEATURES[name]}; it is not "
+                "supported"
+            )
+
+
+_FEATURES = {
+    "alibi_slopes": "ALiBi",
+    "sliding_window": "sliding-window attention",
+    "logits_soft_cap": "logits soft cap",
+    "kv_sharing_target_layer_name": "KV sharing between layers",
+}
+
+
+def refuse_spec(spec: KVCacheSpec) -> None:
+    """Raise where a layer's cache is not that of plain full attention.
+
+    Raises:
+        ConfigError: naming what it needs.
+    """
+    if type(spec) is not FullAttentionSpec:
+        raise ConfigError(
+            f"--attention-backend mixeddim: a layer needs {type(spec).__name__}; only full "
+            "attention is supported"
+        )
+
+
+def admit(params: object, config: MixedDimConfig, on_gpu: bool = False) -> None:
+    """Check a request's ``mixeddim_*`` fields.
+
+    Args:
+        params: the request's parameters.
+        config: the server's settings.
+        on_gpu: whether memory was set aside for compressing to the server's budget at most.
+
+    Raises:
+        VLLMValidationError: a field is unknown or out of range; vLLM answers HTTP 400 with
+            its text. (Any other exception that comes from here would be a 500.)
+    """
+    if not isinstance(params, SamplingParams):
+        return
+    try:
+        budget = request_budget(params.extra_args)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+    if budget is not None and not config.enabled and budget.share != 1.0:
+        raise VLLMValidationError(
+            "compression is off on this server (mixeddim.enabled is false); allowed is "
+            f"{REQUEST_BUDGET} 1.0, or none",
+            parameter="vllm_xargs",
+        )
+    if budget is not None and on_gpu and _takes_more_memory(budget, config.default_budget):
+        raise VLLMValidationError(
+            "this request's budget may keep more than the server's, for which alone memory was set "
+            "aside on the GPU; allowed are budgets up to the server's in the same unit, or "
+            f"{REQUEST_BUDGET} 1.0 for no compression",
+            parameter="vllm_xargs",
+        )
+    if budget is not None and _may_exceed(budget, config.default_budget):
+        # The cap on prefix-cache hits assumes the default lease. A larger one reaches further
+        # forward and could otherwise cover blocks that other requests share.
+        params.skip_reading_prefix_cache = True
+
+
+def _may_exceed(budget: Budget, default: Budget) -> bool:
+    """Whether a budget may lease blocks before the default's lease for some prompt.
+
+    So does any budget where the default leases nothing: a share of 1, or more tokens than the
+    prompt has.
+    """
+    if budget.share == 1.0:
+        return False
+    if budget.share is None or default.share is None or default.share == 1.0:
+        return True
+    return budget.share > default.share
+
+
+def _takes_more_memory(budget: Budget, default: Budget) -> bool:
+    """Whether compressing to a budget may take more memory than to the default.
+
+    A lease is made whole before it is written. Where the default keeps all there is none.
+    """
+    if budget.share == 1.0:
+        return False
+    if default.share == 1.0:
+        return True
+    if budget.tokens is not None and default.tokens is not None:
+        return budget.tokens > default.tokens
+    if budget.share is not None and default.share is not None:
+        return budget.share > default.share
+    return True

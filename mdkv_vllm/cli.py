@@ -176,7 +176,8 @@ def _artifact(options: argparse.Namespace, name: str) -> Path:
 def _inspect(options: argparse.Namespace) -> None:
     import torch
 
-    from mdkv_vllm.eval.inspect import inspect_prompt, read_config, tokenise
+    from mdkv_vllm.config import read_config
+    from mdkv_vllm.eval.inspect import inspect_prompt, tokenise
     from mdkv_vllm.eval.inspect_page import page
     from mdkv_vllm.eval.model import EvalModel
 

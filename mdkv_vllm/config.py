@@ -247,6 +247,29 @@ class MixedDimConfig:
         return None
 
 
+def read_config(budget: float, settings: object) -> MixedDimConfig:
+    """Check ``--budget`` and ``--settings`` before a model is loaded.
+
+    Args:
+        budget: share of the prompt's bytes to keep.
+        settings: what the JSON of ``--settings`` says.
+
+    Raises:
+        ValueError: one of the two is out of range, or names no setting.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"--budget is {budget}; allowed are numbers above 0, up to 1")
+    if not isinstance(settings, dict):
+        raise ValueError(f"--settings is {settings!r}; allowed is a JSON object of settings")
+    for name in ("budget", "budget_tokens"):
+        if name in settings:
+            raise ValueError(f"--settings: {name} has a flag of its own; give --budget")
+    try:
+        return MixedDimConfig.from_additional_config({"mixeddim": {"budget": budget, **settings}})
+    except ConfigError as error:
+        raise ValueError(f"--settings: {error}") from error
+
+
 def request_budget(extra_args: Mapping[str, Any] | None) -> Budget | None:
     """The budget a request brings in ``vllm_xargs``, or None.
 

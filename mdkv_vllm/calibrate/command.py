@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mdkv_vllm.calibrate.artifact import (
+from mdkv_vllm.artifacts.store import (
     ArtifactInfo,
     model_identity,
     save_basis,

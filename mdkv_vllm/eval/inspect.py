@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.eval.cache import BLOCK_TOKENS, full_cache
 from mdkv_vllm.eval.methods.ours import MixedDim
@@ -66,29 +66,6 @@ class Inspection:
     formats: torch.Tensor
     answer: str
     full_answer: str
-
-
-def read_config(budget: float, settings: object) -> MixedDimConfig:
-    """Check ``--budget`` and ``--settings`` before a model is loaded.
-
-    Args:
-        budget: share of the prompt's bytes to keep.
-        settings: what the JSON of ``--settings`` says.
-
-    Raises:
-        ValueError: one of the two is out of range, or names no setting.
-    """
-    if not 0 < budget <= 1:
-        raise ValueError(f"--budget is {budget}; allowed are numbers above 0, up to 1")
-    if not isinstance(settings, dict):
-        raise ValueError(f"--settings is {settings!r}; allowed is a JSON object of settings")
-    for name in ("budget", "budget_tokens"):
-        if name in settings:
-            raise ValueError(f"--settings: {name} has a flag of its own; give --budget")
-    try:
-        return MixedDimConfig.from_additional_config({"mixeddim": {"budget": budget, **settings}})
-    except ConfigError as error:
-        raise ValueError(f"--settings: {error}") from error
 
 
 def tokenise(tokenizer: Any, text: str, chat: bool | None, find: str = "") -> Prompt:  # noqa: ANN401

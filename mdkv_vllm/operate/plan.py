@@ -11,10 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mdkv_vllm.config import DEFAULT_BUDGET, MixedDimConfig
+from mdkv_vllm.config import DEFAULT_BUDGET, MixedDimConfig, read_config
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.plan import LeasePlan
-from mdkv_vllm.eval.inspect import read_config
 from mdkv_vllm.operate.model_sizes import ModelSizes, read_model_sizes
 from mdkv_vllm.policy import Policy
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 
-from mdkv_vllm.calibrate.artifact import load_basis, load_head_budgets
+from mdkv_vllm.artifacts.store import load_basis, load_head_budgets
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.heads import HeadBudgets

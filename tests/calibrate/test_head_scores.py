@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdkv_vllm.calibrate.artifact import (
+from mdkv_vllm.artifacts.store import (
     ArtifactError,
     ArtifactInfo,
     load_head_scores,

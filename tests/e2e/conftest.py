@@ -5,7 +5,7 @@ import torch
 from serving import Server
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head_scores
+from mdkv_vllm.artifacts.store import ArtifactInfo, model_identity, save_head_scores
 from mdkv_vllm.cli import main
 from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.models import prepare_smollm2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from serving import environment, vllm_command
 
-from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_basis
+from mdkv_vllm.artifacts.store import ArtifactInfo, model_identity, save_basis
 from mdkv_vllm.core.basis import Basis
 
 pytestmark = pytest.mark.server

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mdkv_vllm.calibrate.artifact import ArtifactInfo, model_identity, save_head_scores
+from mdkv_vllm.artifacts.store import ArtifactInfo, model_identity, save_head_scores
 from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.models import prepare_smollm2
 

@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mdkv_vllm.cli import main
-from mdkv_vllm.eval.inspect import ANSWER_TOKENS, inspect_prompt, read_config, tokenise
+from mdkv_vllm.config import read_config
+from mdkv_vllm.eval.inspect import ANSWER_TOKENS, inspect_prompt, tokenise
 from mdkv_vllm.eval.inspect_page import page
 from mdkv_vllm.eval.methods.ours import MixedDim
 from mdkv_vllm.eval.model import EvalModel

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mdkv_vllm.calibrate.artifact import load_head_scores
+from mdkv_vllm.artifacts.store import load_head_scores
 from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.eval.cache import HeldCache, full_cache
 from mdkv_vllm.eval.methods import methods_for

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.calibrate.artifact import load_head_budgets
+from mdkv_vllm.artifacts.store import load_head_budgets
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.core.eviction import evict_blocks, keep_best, squared_attention
 from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted
+from mdkv_vllm.eval.methods.block_eviction import evict_blocks, keep_best, squared_attention
 from mdkv_vllm.eval.methods.eviction import WINDOW
 from mdkv_vllm.eval.model import EvalModel
 

@@ -35,7 +35,7 @@ class ArtifactInfo:
 
     Attributes:
         model: name or folder as given to the command that made the file.
-        model_identity: from :func:`mdkv_vllm.calibrate.artifact.model_identity`.
+        model_identity: from :func:`mdkv_vllm.artifacts.store.model_identity`.
         method: how the contents were computed.
         text_digest: SHA-256 of the calibration text.
         tokens: tokens they were computed from.

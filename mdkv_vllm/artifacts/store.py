@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mdkv_vllm.calibrate.artifact_file import (
+from mdkv_vllm.artifacts.file import (
     ArtifactError,
     ArtifactInfo,
     open_artifact,

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdkv_vllm.core.eviction import evict_blocks, keep_best, squared_attention
+from mdkv_vllm.eval.methods.block_eviction import evict_blocks, keep_best, squared_attention
 
 
 def test_squared_attention_is_the_sum_over_window_and_group():

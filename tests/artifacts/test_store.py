@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mdkv_vllm.calibrate import artifact_file
-from mdkv_vllm.calibrate.artifact import (
+from mdkv_vllm.artifacts import file as artifact_file
+from mdkv_vllm.artifacts.store import (
     ArtifactError,
     ArtifactInfo,
     load_basis,

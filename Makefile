@@ -14,14 +14,17 @@ demo: setup
 	$(BIN)/mdkv demo --port $(or $(PORT),8000)
 
 # Everything that needs no GPU: tests without a server two at a time, then those with one.
-test: test-fast
-	$(BIN)/python -m pytest -m "server or slow" --durations 10
+test:
+	scripts/setup-cpu.sh --dev
+	$(MAKE) lint
+	$(BIN)/python -m pytest -m "not server" -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m server --durations 10
 	$(MAKE) test-next-vllm
 
 test-fast:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest -m "not server" -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m "not server and not slow and not model" -n 2 --dist loadfile
 
 # The plugin and one real server on vLLM 0.33, for which the index has no CPU build yet.
 NEXT_VLLM := build/vllm-0.33

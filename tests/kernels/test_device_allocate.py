@@ -8,6 +8,8 @@ from compress_calls import InterpretedKernels
 from mdkv_vllm.core.allocate import allocate as reference
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 GEOMETRY = PageGeometry(16, 128, torch.bfloat16)

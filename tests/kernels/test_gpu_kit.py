@@ -35,6 +35,8 @@ from leases import Model, Request, ragged
 
 from mdkv_vllm.core import reference as specification
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 HEADS = loads.Heads("tiny", 2, 3, 64)
 LOAD = loads.Load(HEADS, 2, 500)

@@ -23,6 +23,8 @@ from gpu.stages import Options, check, compress, decode, full, profile, sanitize
 BARE = """
 import sys
 
+pytestmark = pytest.mark.slow
+
 class Bare:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "vllm" or name == "mdkv_vllm._cpu":

@@ -17,6 +17,8 @@ from mdkv_vllm.triton_kernels import pages
 from mdkv_vllm.triton_kernels.codes import field_asm
 from mdkv_vllm.triton_kernels.shapes import DecodeShape, ListShape
 
+pytestmark = pytest.mark.slow
+
 EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 DEFAULT = ("i4", "i8", "full")
 

@@ -22,6 +22,8 @@ from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.core.reference import mixed_decode
 from mdkv_vllm.ops.cpu_compress import CpuKernels
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 REFERENCE = ReferenceKernels()

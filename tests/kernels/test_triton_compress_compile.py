@@ -34,6 +34,8 @@ from mdkv_vllm.triton_kernels.pack import PackShape, pack_list_page
 from mdkv_vllm.triton_kernels.prompt_shape import PromptShape
 from mdkv_vllm.triton_kernels.shapes import padded
 
+pytestmark = pytest.mark.slow
+
 CAPABILITIES = tuple(SHARED_LIMIT)
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}

@@ -6,6 +6,8 @@ import pytest
 import torch
 from leases import Model, Request, ragged
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("triton")
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 OLDEST = Path(sys.prefix) / "triton-3.6"
 """Where `scripts/setup-cpu.sh --dev` puts it."""

@@ -28,7 +28,7 @@ DEFAULT_HEAD_POWER = 0.5
 BLOCK_NAME = "mixeddim"
 """Key of our settings in ``--additional-config``."""
 PRESETS = ("default", "paper")
-KERNELS = ("auto", "cpu", "triton", "cuda")
+KERNELS = ("auto", "autotune", "cpu", "triton", "cuda")
 PREFILLS = ("auto", "flash", "xformers", "sdpa")
 MAX_WINDOW = 1024
 MAX_HEAD_POWER = 4
@@ -87,8 +87,8 @@ class MixedDimConfig:
             treated. Default 0.5.
         loss: ``hybrid``, ``pooled``, ``solo`` or ``paper``.
         min_prompt_tokens: shorter prompts are left alone, from 1.
-        kernels: what compresses and decodes: ``cpu``, ``triton``, ``cuda``, or ``auto`` for what
-            is best on the device.
+        kernels: what decodes: ``cpu``, ``triton``, ``cuda``, ``auto`` for the device's default, or
+            ``autotune`` for the faster of a GPU's, timed when the server starts.
         prefill: attention while prompts are prefilled: ``flash``, ``xformers``, ``sdpa``, or
             ``auto`` for what is best on the device.
 

@@ -158,64 +158,67 @@ MakeDecode = Callable[[DecodeSetting], DecodeKernel]
 MAKERS: dict[str, MakeDecode] = {"cpu": CpuDecode, "triton": _triton, "cuda": _cuda}
 
 
-def kernels_for(asked: str, device: torch.device) -> tuple[str, ...]:
-    """Kernels that may decode on a device: one, or two of which the faster is to be taken.
+def decode_kernels(requested: str, device: torch.device) -> tuple[str, ...]:
+    """Kernels that may decode on a device, the default first.
 
     Args:
-        asked: the setting ``kernels``.
+        requested: the setting ``kernels``.
         device: where the cache is.
 
     Returns:
-        Keys of :data:`MAKERS`.
+        Keys of :data:`MAKERS`; more than one only for ``autotune``.
 
     Raises:
-        ConfigError: what is asked for does not run on the device.
+        ConfigError: what is requested does not run on the device.
     """
     if device.type == "cpu":
-        if asked == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-            return (asked,)
-        if asked not in ("auto", "cpu"):
+        if requested == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+            return (requested,)
+        if requested not in ("auto", "cpu"):
             raise ConfigError(
-                f"mixeddim.kernels is {asked!r}, but the model runs on the CPU; allowed there are "
-                "auto and cpu (and triton, interpreted and slow, with TRITON_INTERPRET=1)"
+                f"mixeddim.kernels is {requested!r}, but the model runs on the CPU; allowed there "
+                "are auto and cpu (and triton, interpreted and slow, with TRITON_INTERPRET=1)"
             )
         return ("cpu",)
-    if asked == "cpu":
+    if requested == "cpu":
         raise ConfigError(
             f"mixeddim.kernels is 'cpu', but the model runs on {device}; allowed there are "
-            "auto, triton and cuda"
+            "auto, autotune, triton and cuda"
         )
-    if asked == "triton":
-        return (asked,)
+    if requested == "triton":
+        return (requested,)
     from mdkv_vllm.ops.cuda import why_not
 
     missing = why_not()
-    if asked == "cuda":
+    if requested == "cuda":
         if missing:
             raise ConfigError(f"mixeddim.kernels is 'cuda', but {missing}")
-        return (asked,)
-    return ("triton",) if missing else ("cuda", "triton")
+        return (requested,)
+    if missing:
+        return ("triton",)
+    return ("cuda", "triton") if requested == "autotune" else ("cuda",)
 
 
-def decode_kernel(asked: str, setting: DecodeSetting) -> tuple[str, DecodeKernel]:
+def decode_kernel(requested: str, setting: DecodeSetting) -> tuple[str, DecodeKernel]:
     """Make the decode kernel that the setting ``kernels`` stands for.
 
     Args:
-        asked: ``auto``, ``cpu``, ``triton`` or ``cuda``.
+        requested: ``auto``, ``autotune``, ``cpu``, ``triton`` or ``cuda``.
         setting: the model.
 
     Returns:
-        Its name, with what a trial of two showed, and the kernel.
+        Its name, with what timing two showed, and the kernel.
 
     Raises:
-        ConfigError: what is asked for does not run where the cache is.
+        ConfigError: what is requested does not run where the cache is.
     """
-    names = kernels_for(asked, setting.arena.device)
+    names = decode_kernels(requested, setting.arena.device)
     if len(names) == 1:
         return names[0], MAKERS[names[0]](setting)
-    from mdkv_vllm.ops.trial import trial_times
+    from mdkv_vllm.ops.autotune import measure
 
-    times = trial_times(setting.layout, setting.group, setting.arena.device, names)
+    makers = tuple((name, MAKERS[name]) for name in names)
+    times = measure(setting.layout, setting.group, setting.arena.device, makers)
     first, second = sorted(names, key=times.__getitem__)
     ratio = times[second] / times[first]
     return f"{first} ({ratio:.2f} x as fast as {second} here)", MAKERS[first](setting)

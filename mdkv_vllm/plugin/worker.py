@@ -16,7 +16,7 @@ from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.ops.compress import compression_kernels
-from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel, kernels_for
+from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel
 from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
@@ -85,7 +85,7 @@ class MixedDimWorker(Worker):
             scale,
             artifacts.basis,
             artifacts.heads,
-            compression_kernels(kernels_for(config.kernels, arena.device)[0]),
+            compression_kernels(config.kernels, arena.device),
         )
         logger.info_once("mixeddim: %s", describe(policy, artifacts.heads))
         logger.info_once("mixeddim: decode by %s, prefill by %s", decode_name, prefill_name)

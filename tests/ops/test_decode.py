@@ -1,4 +1,4 @@
-"""Which decode kernel is taken, and the trial that decides between two."""
+"""Which decode kernel is taken, and the timing that decides between two."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.reference import read_page_table
-from mdkv_vllm.ops import cuda, trial
+from mdkv_vllm.ops import autotune, cuda
 
 GPU = torch.device("cuda")
 
@@ -21,36 +21,41 @@ def layout(names, prompt_basis_rank=0):
 @pytest.mark.parametrize(
     ("asked", "built", "expected"),
     [
-        ("auto", True, ("cuda", "triton")),
+        ("auto", True, ("cuda",)),
         ("auto", False, ("triton",)),
+        ("autotune", True, ("cuda", "triton")),
+        ("autotune", False, ("triton",)),
         ("cuda", True, ("cuda",)),
         ("triton", True, ("triton",)),
     ],
 )
 def test_kernels_on_gpus(monkeypatch, asked, built, expected):
     monkeypatch.setattr(cuda, "why_not", lambda: "" if built else "they are not built")
-    assert decode.kernels_for(asked, GPU) == expected
+    assert decode.decode_kernels(asked, GPU) == expected
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda: "they are not built")
     with pytest.raises(ConfigError, match=r"mixeddim.kernels is 'cuda', but they are not built"):
-        decode.kernels_for("cuda", GPU)
+        decode.decode_kernels("cuda", GPU)
     with pytest.raises(ConfigError, match=r"'cpu', but the model runs on cuda; allowed there"):
-        decode.kernels_for("cpu", GPU)
-    for asked in ("cuda", "triton"):
+        decode.decode_kernels("cpu", GPU)
+    for asked in ("cuda", "triton", "autotune"):
         with pytest.raises(ConfigError, match=rf"'{asked}', but the model runs on the CPU; allow"):
-            decode.kernels_for(asked, torch.device("cpu"))
+            decode.decode_kernels(asked, torch.device("cpu"))
 
 
 def test_the_faster_is_taken(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda: "")
-    monkeypatch.setattr(trial, "trial_times", lambda *_: {"cuda": 3.0, "triton": 2.0})
+    monkeypatch.setattr(autotune, "measure", lambda *_: {"cuda": 3.0, "triton": 2.0})
     monkeypatch.setattr(decode, "MAKERS", {"cuda": lambda _: "C", "triton": lambda _: "T"})
     arena = torch.empty(0, device="meta")
-    monkeypatch.setattr(decode, "kernels_for", lambda *_: ("cuda", "triton"))
+    monkeypatch.setattr(decode, "decode_kernels", lambda *_: ("cuda", "triton"))
     setting = decode.DecodeSetting(arena, layout(("i8",)), 1, None, 1.0, 8)
-    assert decode.decode_kernel("auto", setting) == ("triton (1.50 x as fast as cuda here)", "T")
+    assert decode.decode_kernel("autotune", setting) == (
+        "triton (1.50 x as fast as cuda here)",
+        "T",
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,7 @@ def test_the_faster_is_taken(monkeypatch):
 )
 def test_trial_leases_are_whole(names, basis):
     """Every list's pages lie in the lease, one after the other; what is read is finite."""
-    tried = trial.Trial(layout(names, basis), 3, torch.device("cpu"), 4 << 20)
+    tried = autotune.Trial(layout(names, basis), 3, torch.device("cpu"), 4 << 20)
     first, held = tried.leases[5].tolist()
     assert first == 0
     pages = tried.arena[tried.block_table[5, :held].long()].view(torch.uint8).flatten(0, 1)

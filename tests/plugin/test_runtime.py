@@ -53,7 +53,12 @@ class Worker:
         self.queries = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE)
         setting = DecodeSetting(self.arena, policy.layout, GROUP, None, SIZE**-0.5, 8)
         compressor = Compressor(
-            policy.layout, config.loss, SIZE**-0.5, None, None, compression_kernels("cpu")
+            policy.layout,
+            config.loss,
+            SIZE**-0.5,
+            None,
+            None,
+            compression_kernels("auto", torch.device("cpu")),
         )
         self.batch_ids = []
         self.runtime = Runtime(

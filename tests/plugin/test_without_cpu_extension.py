@@ -32,7 +32,7 @@ for package in (mdkv_vllm.core, mdkv_vllm.triton_kernels):
 
 import mdkv_vllm.config
 import mdkv_vllm.ops.cuda
-import mdkv_vllm.ops.trial
+import mdkv_vllm.ops.autotune
 import mdkv_vllm.plugin.backend
 import mdkv_vllm.plugin.cuda_platform
 import mdkv_vllm.plugin.cuda_worker
@@ -42,11 +42,11 @@ import mdkv_vllm.policy
 from mdkv_vllm.ops.compress import compression_kernels
 from mdkv_vllm.plugin.arena import load_tokens
 
-compression_kernels("triton")
+compression_kernels("auto", torch.device("cuda"))
 cache = torch.empty(4, 2, 16, 128, device="meta")
 load_tokens(cache, torch.empty(4, dtype=torch.int32, device="meta"), 20, torch.float32)
 try:
-    compression_kernels("cpu")
+    compression_kernels("auto", torch.device("cpu"))
 except ImportError:
     print("only the CPU's kernels need it")
 """

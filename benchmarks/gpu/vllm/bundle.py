@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from gpu.vllm.fatbin import keep_architecture  # noqa: E402
+from mdkv_vllm import __version__  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 VLLM = "vllm==0.32.0"
@@ -192,7 +193,7 @@ def pack_project(path: Path) -> Path:
             _add(tar, f"mdkv_vllm/triton_kernels/{source.name}", source.read_bytes())
         _add(tar, "mdkv_vllm/libmdkv_cuda.so", library.read_bytes())
         for name, content in metadata().items():
-            _add(tar, f"mdkv_vllm-0.1.0.dist-info/{name}", content.encode())
+            _add(tar, f"mdkv_vllm-{__version__}.dist-info/{name}", content.encode())
     return path
 
 
@@ -204,7 +205,7 @@ def metadata() -> dict[str, str]:
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items()), ""]
-    about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {__version__}\n"
     return {"METADATA": about, "entry_points.txt": "\n".join(lines)}
 
 

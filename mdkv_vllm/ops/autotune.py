@@ -13,7 +13,7 @@ import torch
 
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.ops.decode import MAKERS, DecodeKernel, DecodeSetting
+from mdkv_vllm.ops.decode import DecodeKernel, DecodeSetting, MakeDecode
 
 REQUESTS = 32
 BYTES = 128 << 20
@@ -83,19 +83,22 @@ class Trial:
 
 
 @cache
-def trial_times(
-    layout: LeaseLayout, group: int, device: torch.device, names: tuple[str, ...]
+def measure(
+    layout: LeaseLayout,
+    group: int,
+    device: torch.device,
+    candidates: tuple[tuple[str, MakeDecode], ...],
 ) -> dict[str, float]:
-    """Milliseconds of one layer's attention by each kernel.
+    """Milliseconds of one layer's attention by each candidate.
 
     Args:
         layout: what the model's leases look like.
         group: query heads per KV head.
         device: a GPU.
-        names: keys of :data:`mdkv_vllm.ops.decode.MAKERS`.
+        candidates: names of kernels, and what makes them.
     """
     trial = Trial(layout, group, device, BYTES)
-    return {name: _time(trial, MAKERS[name](trial.setting)) for name in names}
+    return {name: _time(trial, make(trial.setting)) for name, make in candidates}
 
 
 def _time(trial: Trial, kernel: DecodeKernel) -> float:

@@ -62,7 +62,7 @@ class Policy:
         """
         if not self.config.enabled:
             return SkipReason.DISABLED
-        floor = None if self.formats.drop else self.formats.formats[0].tokens_per_page
+        floor = None if self.formats.drop else self.formats.cheapest.tokens_per_page
         terms = LeaseTerms(
             block_size=self.geometry.block_size,
             window=self.config.window,

@@ -218,7 +218,7 @@ class Case:
 def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: PageGeometry) -> None:
     """Set every bit of a page that holds none of its first ``tokens`` tokens."""
     unused = torch.arange(fmt.tokens_per_page) >= tokens
-    if fmt.name == "full":
+    if fmt.full:
         page.view(fmt.tokens_per_page, -1)[unused] = POISON
         return
     sections = page[: 2 * fmt.section_bytes].view(2, -1)

@@ -98,7 +98,7 @@ class Case:
     @property
     def plan(self) -> LeasePlan:
         """Its lease."""
-        least = self.formats.formats[0].tokens_per_page
+        least = self.formats.cheapest.tokens_per_page
         floor = None if self.formats.drop else least
         terms = LeaseTerms(16, 16, 64, self.budget, self.layout.min_blocks, floor)
         plan = plan_lease(self.tokens, terms)
@@ -183,8 +183,8 @@ class Prompt:
             weight = self.rand(1, heads, span).pow(8) * 10 + 1e-4
             shares = self.rand(len(formats.names), heads, span).sort(0, descending=True).values
             losses.append(weight * shares)
-        least = 0 if formats.drop else heads * formats.formats[0].pages(span)
-        most = heads * formats.formats[-1].pages(span)
+        least = 0 if formats.drop else heads * formats.cheapest.pages(span)
+        most = heads * formats.richest.pages(span)
         budgets = [[least + round(f * (most - least))] for f in (0.1, 0.45, 0.25)]
         on_device = [layer.to(self.device) for layer in losses]
         found = self.kernels.allocate(on_device, formats, budgets)

@@ -59,7 +59,7 @@ def allocate(losses: torch.Tensor, formats: FormatSet, num_pages: int) -> Alloca
         ValueError: nothing may be dropped and the cheapest format does not fit.
     """
     _, heads, span = losses.shape
-    if not formats.drop and heads * formats.formats[0].pages(span) > num_pages:
+    if not formats.drop and heads * formats.cheapest.pages(span) > num_pages:
         raise ValueError(f"{num_pages} pages cannot hold {span} tokens without dropping any")
     losses = losses.double()
     # Option 0, to drop or the cheapest format, takes the tokens that the others leave.

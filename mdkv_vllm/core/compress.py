@@ -131,8 +131,8 @@ class Compressor:
         layout, formats = self.layout, self.layout.formats
         if self.heads is None:
             return layout.list_pages_per_layer(plan.num_lease_blocks).unsqueeze(1).tolist()
-        most = formats.formats[-1].pages(plan.span_tokens)
-        least = 0 if formats.drop else formats.formats[0].pages(plan.span_tokens)
+        most = formats.richest.pages(plan.span_tokens)
+        least = 0 if formats.drop else formats.cheapest.pages(plan.span_tokens)
         return self.heads.pages(layout.list_pages(plan.num_lease_blocks), least, most).tolist()
 
     def _store_bases(self, bases: Basis, pages: torch.Tensor, layers: range) -> None:

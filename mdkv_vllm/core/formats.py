@@ -92,6 +92,11 @@ class PageFormat:
     quantised: bool
 
     @property
+    def full(self) -> bool:
+        """Whether tokens are held as the model made them: keys and values token by token."""
+        return self.rotation is Rotation.IDENTITY
+
+    @property
     def codes_per_byte(self) -> int:
         """Codes packed into one byte; 1 for elements of a byte or more."""
         return max(1, 8 // self.bits)
@@ -189,6 +194,16 @@ class FormatSet:
     def names(self) -> tuple[str, ...]:
         """Names with ``drop`` first where it is allowed."""
         return (("drop",) if self.drop else ()) + tuple(f.name for f in self.formats)
+
+    @property
+    def cheapest(self) -> PageFormat:
+        """That of which most tokens fit a page."""
+        return self.formats[0]
+
+    @property
+    def richest(self) -> PageFormat:
+        """That of which fewest tokens fit a page."""
+        return self.formats[-1]
 
     @property
     def uses_basis(self) -> bool:

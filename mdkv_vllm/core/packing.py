@@ -30,7 +30,7 @@ def pack_list(
     pages = torch.zeros(num_pages, geometry.page_bytes, dtype=torch.uint8)
     if num_tokens == 0:
         return pages
-    if fmt.name == "full":
+    if fmt.full:
         slots = torch.cat((keys, values), dim=-1).to(geometry.dtype)
         flat = pages.view(geometry.dtype).view(num_pages * capacity, 2 * fmt.rank)
         flat[:num_tokens] = slots
@@ -68,7 +68,7 @@ def unpack_list(
     num_pages, capacity = pages.shape[0], fmt.tokens_per_page
     if num_tokens == 0:
         return torch.empty(0, fmt.rank), torch.empty(0, fmt.rank)
-    if fmt.name == "full":
+    if fmt.full:
         slots = pages.contiguous().view(geometry.dtype).view(-1, 2 * fmt.rank)[:num_tokens].float()
         return slots[:, : fmt.rank], slots[:, fmt.rank :]
     section, scales = fmt.section_bytes, fmt.scales_offset

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from mdkv_vllm.core.basis import Basis, hadamard
-from mdkv_vllm.core.formats import FormatSet, PageFormat, PageGeometry, Rotation
+from mdkv_vllm.core.formats import FormatSet, PageFormat, PageGeometry
 from mdkv_vllm.core.layout import LeaseLayout
 
 try:
@@ -94,7 +94,7 @@ def pack_pages(
         fmt.tokens_per_page,
         pages,
         element=geometry.dtype,
-        token_major=fmt.rotation is Rotation.IDENTITY,
+        token_major=fmt.full,
     )
 
 

@@ -103,7 +103,7 @@ class _Pools:
         self._losses, self._drop, self._pools = losses, int(formats.drop), len(pages)
         # Option 0 takes the tokens that the others leave.
         capacity = (0,) * self._drop + tuple(f.tokens_per_page for f in formats.formats)
-        least = 0 if self._drop else self._per_pool * formats.formats[0].pages(self._span)
+        least = 0 if self._drop else self._per_pool * formats.cheapest.pages(self._span)
         for number in pages:
             if number < least:
                 raise ValueError(

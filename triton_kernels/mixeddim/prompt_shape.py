@@ -202,7 +202,7 @@ class PromptShape(KernelConstant):
     def candidates(self) -> tuple[CandidateShape, ...]:
         """The reduced formats, in order."""
         formats, geometry = self.layout.formats, self.layout.geometry
-        reduced = [f for f in formats.formats if f.rotation is not Rotation.IDENTITY]
+        reduced = [f for f in formats.formats if not f.full]
         return tuple(CandidateShape(f, geometry, self.basis_rank) for f in reduced)
 
     @property
@@ -230,7 +230,7 @@ class PromptShape(KernelConstant):
         """Per option, its candidate; -1 for dropping, -2 for a token as it is."""
         numbers, options = iter(range(self.num_candidates)), [-1] * self.drops
         for fmt in self.layout.formats.formats:
-            options.append(-2 if fmt.rotation is Rotation.IDENTITY else next(numbers))
+            options.append(-2 if fmt.full else next(numbers))
         return tuple(options)
 
     @property

@@ -72,7 +72,7 @@ class ListShape(KernelConstant):
     @property
     def in_slots(self) -> bool:
         """Whether tokens lie token-major in vLLM's own slots."""
-        return self.format.rotation is Rotation.IDENTITY
+        return self.format.full
 
     @property
     def in_hadamard(self) -> bool:

@@ -22,7 +22,7 @@ import torch
 
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeaseTerms, plan_lease
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.ops import cpu
 
 STOCK_BLOCK_SIZE = 128
@@ -78,7 +78,8 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
     rows, pages = shape.batch * shape.sets, layout.pages_per_block
     terms = LeaseTerms(shape.block_size, 32, 64, budget)
     plan = plan_lease(shape.tokens, terms)
-    first, tail = (plan.first_lease_block, plan.tail_block) if plan else (0, 0)
+    first = plan.first_lease_block if isinstance(plan, LeasePlan) else 0
+    tail = plan.tail_block if isinstance(plan, LeasePlan) else 0
     held = -(-shape.tokens // shape.block_size) - first
     num_blocks = rows * held
     arena = torch.empty(num_blocks, pages, shape.block_size, 2 * shape.head_size, dtype=shape.dtype)
@@ -88,7 +89,7 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
     block_table[:, first:] = torch.randperm(num_blocks).view(rows, held).int()
     leases = torch.tensor([[first, tail]] * rows, dtype=torch.int32)
     list_pages = 0
-    if plan:
+    if isinstance(plan, LeasePlan):
         list_pages = fill_leases(arena, block_table[:, first:tail], layout, mix)
     tables = cpu.DecodeTables.build(layout, None)
     query = shape.query(shape.dtype)

@@ -9,7 +9,7 @@ import torch
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import PageFormat
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeaseTerms, plan_lease
+from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 
 from .loads import Holding, Load, layout_of
 
@@ -144,14 +144,15 @@ def build(
     block_size, pages_per_block = layout.geometry.block_size, layout.pages_per_block
     terms = LeaseTerms(block_size, WINDOW, 1, holding.budget, layout.min_blocks)
     plan = plan_lease(load.tokens, terms)
-    first, tail = (plan.first_lease_block, plan.tail_block) if plan else (0, 0)
+    first = plan.first_lease_block if isinstance(plan, LeasePlan) else 0
+    tail = plan.tail_block if isinstance(plan, LeasePlan) else 0
     rows, held = sets * load.batch, -(-load.tokens // block_size) - first
     num_blocks = rows * held + 1
     shape = (num_blocks, pages_per_block, block_size, 2 * heads.head_size)
     arena = torch.empty(shape, dtype=heads.dtype, device=device).normal_(generator=generator)
     ids = torch.randperm(num_blocks, generator=generator, device=device)[1:].view(rows, held)
     tokens = torch.zeros(layout.table_shape[1:3], dtype=torch.int64)
-    if plan:
+    if isinstance(plan, LeasePlan):
         tokens = list_tokens(
             layout, holding.shares(heads.kv_heads), plan.num_lease_blocks, plan.span_tokens
         )

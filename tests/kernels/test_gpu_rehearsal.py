@@ -23,7 +23,7 @@ from gpu.stages import Options, check, compress, decode, full, profile, sanitize
 BARE = """
 import sys
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 class Bare:
     def find_spec(self, name, path=None, target=None):

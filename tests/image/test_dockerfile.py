@@ -10,6 +10,8 @@ import pytest
 import yaml
 from dockerfile import DOCKERFILE, ROOT, environment, health_check, lineage, stages
 
+import mdkv_vllm
+
 TARGETS = ("cpu", "cuda")
 CHART = ROOT / "deploy/helm/mdkv-vllm"
 
@@ -67,7 +69,7 @@ def test_nothing_of_the_build_is_in_an_image(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_labels(target):
     labels = " ".join(values(target, "LABEL"))
-    version = re.search(r'(?m)^version = "(.*)"$', (ROOT / "pyproject.toml").read_text()).group(1)
+    version = mdkv_vllm.__version__
     assert f'org.opencontainers.image.version="{version}"' in labels
     for name in ("title", "description", "licenses", "revision"):
         assert f"org.opencontainers.image.{name}=" in labels

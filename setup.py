@@ -34,8 +34,7 @@ class BuildPerIsa(BuildExtension):
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 setup(
-    # The Triton kernels lie in a folder of their own, see pyproject.toml.
-    packages=[*find_packages(include=["mdkv_vllm", "mdkv_vllm.*"]), "mdkv_vllm.triton_kernels"],
+    packages=find_packages(include=["mdkv_vllm", "mdkv_vllm.*"]),
     ext_modules=[
         CppExtension(
             "mdkv_vllm._cpu",

@@ -23,7 +23,10 @@ import torch
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
-from mdkv_vllm.ops import cpu
+from mdkv_vllm.kernels.cpu import cpu_isas
+from mdkv_vllm.kernels.cpu.decode import CpuDecode
+from mdkv_vllm.kernels.cpu.formats import pack_pages
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
 
 STOCK_BLOCK_SIZE = 128
 COPY_BYTES = 512 << 20
@@ -91,26 +94,17 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
     list_pages = 0
     if isinstance(plan, LeasePlan):
         list_pages = fill_leases(arena, block_table[:, first:tail], layout, mix)
-    tables = cpu.DecodeTables.build(layout, None)
     query = shape.query(shape.dtype)
     output = torch.empty_like(query)
     lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32)
     query_rows = torch.arange(rows, dtype=torch.int32).view(shape.sets, shape.batch)
+    batches = [DecodeBatch(block_table, some, lengths, leases) for some in query_rows]
+    group = query.shape[1] // layout.num_kv_heads
+    kernel = CpuDecode(DecodeSetting(arena, layout, group, None, shape.scale, shape.batch))
 
     def step(index: int) -> None:
         for layer in range(shape.layers):
-            cpu.mixed_decode(
-                query,
-                arena,
-                layer,
-                tables,
-                block_table,
-                query_rows[index],
-                lengths,
-                leases,
-                shape.scale,
-                output,
-            )
+            kernel.attend(query, layer, batches[index], output)
 
     slot_bytes = geometry.page_bytes // shape.block_size
     tail_bytes = (shape.tokens - tail * shape.block_size) * slot_bytes * pages
@@ -143,7 +137,7 @@ def fill_leases(
         )
         vectors = torch.randn(lists, count, fmt.rank)
         counts = torch.full((lists,), count, dtype=torch.int32)
-        cpu.pack_pages(vectors, vectors, counts, fmt, layout.geometry, packed)
+        pack_pages(vectors, vectors, counts, fmt, layout.geometry, packed)
         firsts = table[..., column, 1].flatten().tolist()
         for first, part in zip(firsts, packed.chunk(lists), strict=True):
             pages[first : first + part.shape[0]] = part
@@ -312,7 +306,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     machine = {
         "cpu": cpu_model(),
-        "isas": cpu.cpu_isas(),
+        "isas": cpu_isas(),
         "torch": torch.__version__,
         "threads": args.threads,
     }

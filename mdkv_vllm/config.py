@@ -12,7 +12,7 @@ import torch
 
 from mdkv_vllm.core.formats import FormatError, FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
-from mdkv_vllm.core.loss import LOSSES
+from mdkv_vllm.core.losses import LOSSES
 
 BASIS_FILE = "mixeddim_basis.safetensors"
 """Name under which a calibrated basis is looked for in the model folder."""
@@ -121,7 +121,7 @@ class MixedDimConfig:
         _check_budget_tokens("mixeddim.budget_tokens", self.budget_tokens)
         _check_int("mixeddim.window", self.window, 1, MAX_WINDOW)
         _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
-        _check_choice("mixeddim.loss", self.loss, LOSSES)
+        _check_choice("mixeddim.loss", self.loss, tuple(LOSSES))
         _check_choice("mixeddim.kernels", self.kernels, KERNELS)
         _check_choice("mixeddim.prefill", self.prefill, PREFILLS)
         self._check_formats()

@@ -23,7 +23,7 @@ from mdkv_vllm.config import (
     PRESETS,
 )
 from mdkv_vllm.core.formats import CODE_ZERO
-from mdkv_vllm.core.loss import LOSSES
+from mdkv_vllm.core.losses import LOSSES
 
 _SET = {"not": {"type": "null"}}
 """Schema of a setting that is given: null means the default."""

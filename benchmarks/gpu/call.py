@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from mdkv_vllm.ops import cuda
-from mdkv_vllm.triton_kernels import mixed_decode as triton
+from mdkv_vllm.kernels.cuda.library import library
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, DecodeSetting, MakeDecode
+from mdkv_vllm.kernels.registry import DECODE
 
 from . import plant
 from .inputs import Inputs
-
-Decode = Callable[..., None]
-"""Takes what :func:`mdkv_vllm.triton_kernels.mixed_decode.mixed_decode` takes."""
 
 
 @dataclass(frozen=True)
@@ -24,21 +20,15 @@ class Kernel:
 
     Attributes:
         name: in reports.
-        decode: the kernel.
-        tables: makes its tables of a layout, a group, a basis and a device.
-        workspace: allocates its memory for a shape, a number of queries and a device.
+        make: makes it for a model and a cache.
     """
 
     name: str
-    decode: Decode
-    tables: Callable[..., Any]
-    workspace: Callable[..., Any]
+    make: MakeDecode
 
 
-TRITON = Kernel(
-    "Triton", triton.mixed_decode, triton.DecodeTables.build, triton.DecodeWorkspace.allocate
-)
-CUDA = Kernel("CUDA", cuda.mixed_decode, cuda.DecodeTables.build, cuda.DecodeWorkspace.allocate)
+TRITON = Kernel("Triton", DECODE["triton"])
+CUDA = Kernel("CUDA", DECODE["cuda"])
 KERNELS = {kernel.name: kernel for kernel in (TRITON, CUDA)}
 
 
@@ -50,15 +40,14 @@ def kernel_named(name: str) -> Kernel:
     """
     kernel = KERNELS[name]
     if kernel is CUDA:
-        cuda.library()
-    return Kernel(name, plant.around(kernel.decode), kernel.tables, kernel.workspace)
+        library()
+    return Kernel(name, plant.around(kernel.make))
 
 
-def poison(workspace: object) -> None:
-    """Set every bit of a workspace's tensors: NaN, as floating-point numbers."""
-    for tensor in vars(workspace).values():
-        if isinstance(tensor, torch.Tensor):
-            tensor.view(torch.uint8).fill_(0xFF)
+def poison(kernel: DecodeKernel) -> None:
+    """Set every bit of a kernel's scratch memory: NaN, as floating-point numbers."""
+    for tensor in kernel.scratch():
+        tensor.view(torch.uint8).fill_(0xFF)
 
 
 class Call:
@@ -66,16 +55,23 @@ class Call:
 
     Args:
         inputs: the requests.
-        device: where they are.
         kernel: what attends.
     """
 
-    def __init__(self, inputs: Inputs, device: torch.device, kernel: Kernel = TRITON) -> None:
-        self.inputs, self.kernel = inputs, kernel
-        self.tables = kernel.tables(inputs.layout, inputs.group, inputs.basis, device)
-        self.workspace = kernel.workspace(self.tables.shape, len(inputs.lengths), device)
-        self.output = torch.empty_like(inputs.queries[0])
+    def __init__(self, inputs: Inputs, kernel: Kernel = TRITON) -> None:
+        self.inputs = inputs
         self.scale = inputs.layout.geometry.head_size**-0.5
+        self.kernel = kernel.make(
+            DecodeSetting(
+                inputs.arena, inputs.layout, inputs.group, inputs.basis, self.scale,
+                len(inputs.lengths),
+            )
+        )  # fmt: skip
+        self.batches = [
+            DecodeBatch(inputs.block_table, rows, inputs.lengths, inputs.leases)
+            for rows in inputs.query_rows
+        ]
+        self.output = torch.empty_like(inputs.queries[0])
 
     @property
     def steps(self) -> int:
@@ -84,23 +80,10 @@ class Call:
 
     def poison(self) -> None:
         """Fill what the next step has to write with NaN."""
-        poison(self.workspace)
+        poison(self.kernel)
         self.output.fill_(torch.nan)
 
     def step(self, index: int) -> None:
         """Attend with one set of requests in one layer."""
-        inputs = self.inputs
-        of, layer = divmod(index, inputs.layout.num_layers)
-        self.kernel.decode(
-            inputs.queries[of],
-            inputs.arena,
-            layer,
-            self.tables,
-            inputs.block_table,
-            inputs.query_rows[of],
-            inputs.lengths,
-            inputs.leases,
-            self.scale,
-            self.output,
-            self.workspace,
-        )
+        of, layer = divmod(index, self.inputs.layout.num_layers)
+        self.kernel.attend(self.inputs.queries[of], layer, self.batches[of], self.output)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import leases
 import torch
-from leases import Model, Request
+
+from mdkv_vllm.testing import leases
+from mdkv_vllm.testing.leases import Model, Request
 
 from .call import Call, Kernel
 from .device import device, no_synchronisation
@@ -158,7 +159,7 @@ def check_long(load: Load, holding: Holding, seed: int, kernel: Kernel) -> Outco
     if where.type == "cuda":
         sets += int(LONG_SETS_BYTES // (load.full_bytes * holding.budget))
     inputs = build(load, holding, sets, where, generator)
-    call = Call(inputs, where, kernel)
+    call = Call(inputs, kernel)
     call.poison()
     last = call.steps - 1
     call.step(last)

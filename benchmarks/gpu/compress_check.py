@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from lists import ChosenBefore, assert_nearly_the_same_lists
-from paged import paged
 
 from mdkv_vllm.core.allocate import Allocation, allocate_layers
 from mdkv_vllm.core.allocate import allocate as exact_allocate
@@ -21,9 +19,13 @@ from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import Prompt as LayeredPrompt
-from mdkv_vllm.triton_kernels.compress import TritonKernels
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.triton.compress import TritonKernels
+from mdkv_vllm.testing.lists import ChosenBefore, assert_nearly_the_same_lists
+from mdkv_vllm.testing.paged import paged
 
 from .call import TRITON
 from .check import Outcome
@@ -156,9 +158,9 @@ class Prompt:
     def check_losses(self) -> float:
         """Losses of every option, as sums over a head's tokens and one by one."""
         layers, worst = range(self.case.layers), 0.0
-        for variant in ("hybrid", "paper"):
-            ours = self._prompt(False, variant)
-            theirs = self._prompt(True, variant)
+        for loss in ("hybrid", "paper"):
+            ours = self._prompt(False, loss)
+            theirs = self._prompt(True, loss)
             bases = theirs.bases(layers)
             on_device = None if bases is None else bases.to(self.device)
             found = self.kernels.layers(ours, layers, on_device).losses()
@@ -166,13 +168,13 @@ class Prompt:
             expected = torch.stack(list(REFERENCE.layers(theirs, layers, bases).losses())).double()
             moved = (found - expected).abs() > LOSS_MOVED * expected
             # Not those of a neighbour, which a pooled loss passes on.
-            if variant == "paper":
+            if loss == "paper":
                 share = float(moved.float().mean((0, 2, 3)).max())
-                assert share <= CODES_MOVED, f"{share:.1%} of the losses differ ({variant})"
+                assert share <= CODES_MOVED, f"{share:.1%} of the losses differ ({loss})"
             norms = expected.norm(dim=-1).clamp_min(1e-30)
             error = float(((found - expected).norm(dim=-1) / norms).max())
             worst = max(worst, error)
-            assert error <= LOSSES_ERROR, f"relative error {error:.1e} ({variant})"
+            assert error <= LOSSES_ERROR, f"relative error {error:.1e} ({loss})"
         return worst
 
     def check_allocate(self) -> float:
@@ -268,7 +270,9 @@ class Prompt:
         elif basis is not None:
             basis = basis.to(self.device)
         scale = case.head_size**-0.5
-        return LayeredPrompt(case.layout, loss, scale, basis, load, queries, case.plan.span_tokens)
+        return LayeredPrompt(
+            case.layout, LOSSES[loss], scale, basis, load, queries, case.plan.span_tokens
+        )
 
     def _load(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = self.cache[layer].float()
@@ -276,7 +280,9 @@ class Prompt:
 
     def _compressor(self, kernels: CompressionKernels) -> Compressor:
         scale = self.case.head_size**-0.5
-        return Compressor(self.case.layout, "hybrid", scale, self.basis, self.heads, kernels)
+        return Compressor(
+            self.case.layout, LOSSES["hybrid"], scale, self.basis, self.heads, kernels
+        )
 
     def _without_synchronisation(self) -> CompressedPrompt:
         prompt = self._prompt(False)
@@ -300,17 +306,14 @@ class Prompt:
         lengths = rows + blocks * 16
         leases = torch.tensor([[0, blocks]], dtype=torch.int32).to(self.device)
         basis = None if self.basis is None else self.basis.to(self.device)
-        tables = TRITON.tables(layout, case.group, basis, self.device)
-        workspace = TRITON.workspace(tables.shape, queries, self.device)
         scale, worst = case.head_size**-0.5, 0.0
+        kernel = TRITON.make(DecodeSetting(arenas[0], layout, case.group, basis, scale, queries))
+        batch = DecodeBatch(table, rows, lengths, leases)
         for layer in range(case.layers):
             query = self.randn(queries, case.kv_heads * case.group, case.head_size)
             query = query.to(case.dtype).to(self.device)
             output = torch.full_like(query, torch.nan)
-            TRITON.decode(
-                query, arenas[0], layer, tables, table, rows, lengths, leases, scale, output,
-                workspace,
-            )  # fmt: skip
+            kernel.attend(query, layer, batch, output)
             right, _ = float64_decode(
                 query, arenas[1], layer, layout, table, rows, lengths, leases, basis, scale
             )

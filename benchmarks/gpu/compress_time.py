@@ -23,9 +23,10 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.kernels import CompressionKernels, LayersToCompress
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import PagedTokens
-from mdkv_vllm.triton_kernels.compress import TritonKernels
+from mdkv_vllm.kernels.triton.compress import TritonKernels
 
 from .device import device
 from .inputs import WINDOW
@@ -197,7 +198,7 @@ class CachedPrompt:
     def compress(self, kernels: CompressionKernels) -> None:
         """Compress it once."""
         scale = self.layout.geometry.head_size**-0.5
-        compressor = Compressor(self.layout, "hybrid", scale, kernels=kernels)
+        compressor = Compressor(self.layout, LOSSES["hybrid"], scale, kernels=kernels)
         compressor.compress(self._tokens, self._queries, self.plan)
 
 

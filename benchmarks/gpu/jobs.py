@@ -104,7 +104,7 @@ def run_jobs(
         workers: processes at once.
         deadline: in seconds of ``time.monotonic``: nothing starts after it, and whatever still runs
             is ended.
-        plants: faults for the kernels of jobs whose name contains the key; see :mod:`gpu.plant`.
+        plants: faults for the kernels of jobs whose name contains the key; see plant.py.
 
     Yields:
         Each row with its job when it arrives; how a job ended, after its rows.

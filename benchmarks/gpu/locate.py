@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import leases
 import torch
-from leases import Model, Request
+
+from mdkv_vllm.testing import leases
+from mdkv_vllm.testing.leases import Model, Request
 
 from .call import Kernel
 from .device import device

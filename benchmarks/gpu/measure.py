@@ -48,7 +48,7 @@ def time_ours(load: Load, holdings: Sequence[Holding], kernel: str, seed: int) -
         sets = 1 if load.layers > 1 else sets_for(load.full_bytes * holding.budget)
         inputs = build(load, holding, sets, device().where, _generator(seed))
         sizes = inputs.kv_bytes, inputs.moved_bytes
-        call = Call(inputs, device().where, kernel_named(kernel))
+        call = Call(inputs, kernel_named(kernel))
         yield _row(load, kernel, holding, time_calls(call.step, call.steps), sizes, rate)
         del inputs, call
 

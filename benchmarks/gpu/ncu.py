@@ -34,7 +34,7 @@ STALLS = tuple(
 REGISTERS = "launch__registers_per_thread"
 METRICS = (TIME, INSTRUCTIONS, ISSUE, READ, DRAM, WARPS, *BUSY, *STALLS, REGISTERS)
 
-_PLACES = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _NANOSECONDS = {"nsecond": 1.0, "ns": 1.0, "usecond": 1e3, "us": 1e3, "msecond": 1e6, "ms": 1e6}
 _BYTES = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
 
@@ -65,7 +65,7 @@ def profile(statement: str, kernels: str, skip: int, count: int) -> list[dict[st
     options += ["-k", f"regex:{kernels}", "-s", str(skip), "-c", str(count)]
     done = subprocess.run(
         [tool, *options, sys.executable, "-c", statement],
-        env=os.environ | {"PYTHONPATH": str(_PLACES)},
+        env=os.environ | {"PYTHONPATH": str(_ROOT)},
         capture_output=True,
         text=True,
     )

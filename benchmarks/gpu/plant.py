@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
 import torch
+
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, DecodeSetting, MakeDecode
 
 FAULTS = ("wrong", "raises", "hangs", "aborts")
 
@@ -15,21 +16,40 @@ _armed = ""
 
 
 def arm(fault: str) -> None:
-    """Plant a fault in every kernel that this process calls from here on; none where empty."""
+    """Plant a fault in every kernel that this process makes from here on; none where empty."""
     global _armed
     _armed = fault
 
 
-def around(decode: Callable[..., None]) -> Callable[..., None]:
-    """A decode kernel with the planted fault in it."""
+def around(make: MakeDecode) -> MakeDecode:
+    """What makes a decode kernel with the planted fault in it."""
     if not _armed:
-        return decode
+        return make
 
-    def faulty(*arguments: Any) -> None:  # noqa: ANN401
-        decode(*arguments)
-        _break(arguments[9])
+    def faulty(setting: DecodeSetting) -> DecodeKernel:
+        return _Faulty(make(setting))
 
     return faulty
+
+
+class _Faulty:
+    def __init__(self, kernel: DecodeKernel) -> None:
+        self._kernel = kernel
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        recent: torch.Tensor | None = None,
+    ) -> None:
+        self._kernel.attend(query, layer, batch, output, lse, recent)
+        _break(output)
+
+    def scratch(self) -> Sequence[torch.Tensor]:
+        return self._kernel.scratch()
 
 
 def _break(output: torch.Tensor) -> None:

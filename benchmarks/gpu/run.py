@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-HERE = Path(__file__).resolve().parents[1]
-# Instead of this file's folder, whose modules are parts of the package `gpu`.
-sys.path[0] = str(HERE)
+ROOT = Path(__file__).resolve().parents[2]
+# Instead of this file's folder: a checkout needs no installation.
+sys.path[0] = str(ROOT)
 
 if TYPE_CHECKING:
-    from gpu.jobs import Ended
-    from gpu.stages import Stage
+    from benchmarks.gpu.jobs import Ended
+    from benchmarks.gpu.stages import Stage
 
 STAGES = ("check", "decode", "compress", "profile", "sanitize", "full")
 SUMMARY_SECONDS = 5
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := _missing(options.rehearse):
         print(f"gpu/run.py: {missing}", file=sys.stderr)
         return 2
-    stage: Stage = importlib.import_module(f"gpu.stages.{options.stage}").STAGE
+    stage: Stage = importlib.import_module(f"benchmarks.gpu.stages.{options.stage}").STAGE
     seconds = options.deadline or stage.seconds
     return _run(stage, options, began + seconds - min(SUMMARY_SECONDS, seconds / 2))
 
@@ -72,7 +72,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _prepare(rehearse: bool) -> None:
     """Set what jobs take from the environment when they import torch and triton."""
     named = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), named] if named else [str(HERE)])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), named] if named else [str(ROOT)])
     if rehearse:
         os.environ |= {"TRITON_INTERPRET": "1", "MDKV_GPU_REHEARSAL": "1", "OMP_NUM_THREADS": "1"}
 
@@ -90,11 +90,11 @@ def _missing(rehearse: bool) -> str:
 
 
 def _run(stage: Stage, options: argparse.Namespace, deadline: float) -> int:
-    from gpu.device import device
-    from gpu.jobs import Ended, run_jobs
-    from gpu.loads import parse_loads
-    from gpu.record import Record
-    from gpu.stages import Options
+    from benchmarks.gpu.device import device
+    from benchmarks.gpu.jobs import Ended, run_jobs
+    from benchmarks.gpu.loads import parse_loads
+    from benchmarks.gpu.record import Record
+    from benchmarks.gpu.stages import Options
 
     try:
         loads = parse_loads(options.loads)

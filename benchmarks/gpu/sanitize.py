@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import leases
 import torch
-from leases import Model
+
+from mdkv_vllm.testing import leases
+from mdkv_vllm.testing.leases import Model
 
 from .call import TRITON, kernel_named
 from .check import EVERY_FORMAT
@@ -24,7 +25,7 @@ from .trial import Trial
 REHEARSED = Model(("i8", "full"), 64, 1, kv_heads=1, block_size=4, query_dtype=torch.bfloat16)
 TOOLS = ("memcheck", "racecheck", "synccheck")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
-_PLACES = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 class NoSanitizerError(Exception):
@@ -99,9 +100,9 @@ def sanitize(kernel: str, tool: str, planted: bool) -> Finding:
     if tool == "memcheck":
         # torch asks the driver for things that it may not have.
         options += ["--report-api-errors", "no"]
-    child = f"from gpu.sanitize import small_case; small_case({kernel!r}, {planted})"
+    child = f"from benchmarks.gpu.sanitize import small_case; small_case({kernel!r}, {planted})"
     # Without torch's own pool of memory, every tensor has bounds that the tool knows.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(_PLACES)}
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": str(_ROOT)}
     done = subprocess.run(
         [sanitizer, *options, sys.executable, "-c", child],
         env=environment,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import leases
 import torch
+
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.testing import leases
 
 from . import reference
 from .call import TRITON, Kernel, poison
@@ -66,9 +68,12 @@ class Trial:
         self.rows = torch.empty(queries, heads + 1, *shape[2:], dtype=model.query_dtype).to(device)
         self.output = self.rows[:, 1:]
         self.lse = torch.empty(shape[:2], device=device)
-        self.tables = kernel.tables(case.layout, model.group, case.calibrated, device)
-        self.workspace = kernel.workspace(self.tables.shape, queries, device)
         self.scale = model.head_size**-0.5
+        self.kernel = kernel.make(
+            DecodeSetting(
+                self.arena, case.layout, model.group, case.calibrated, self.scale, queries
+            )
+        )
 
     def load(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy the case as it now is, fresh queries, and poison into the buffers."""
@@ -81,24 +86,12 @@ class Trial:
         self.query.copy_(case.query(*self.query.shape).to(case.model.dtype))
         self.rows.fill_(torch.nan)
         self.lse.fill_(torch.nan)
-        poison(self.workspace)
+        poison(self.kernel)
 
     def launch(self, layer: int = 1) -> None:
         """Call the kernel."""
-        self.kernel.decode(
-            self.query,
-            self.arena,
-            layer,
-            self.tables,
-            self.block_table,
-            self.query_rows,
-            self.lengths,
-            self.leases,
-            self.scale,
-            self.output,
-            self.workspace,
-            self.lse,
-        )
+        batch = DecodeBatch(self.block_table, self.query_rows, self.lengths, self.leases)
+        self.kernel.attend(self.query, layer, batch, self.output, self.lse)
 
     def expected(self, layer: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
         """What a launch should write: float64 outputs and log-sum-exps."""

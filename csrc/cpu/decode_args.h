@@ -65,8 +65,8 @@ struct DecodeArgs {
   float* lse;  // [queries, q_heads] or null
   int64_t num_queries;
 
-  const uint8_t* arena;  // [blocks, layers * kv_heads] pages
-  const uint8_t* arena_end;
+  const uint8_t* kv_cache;  // [blocks, layers * kv_heads] pages
+  const uint8_t* kv_cache_end;
   Element cache_type;
   int64_t num_blocks;
   int64_t pages_per_block;
@@ -102,7 +102,7 @@ struct DecodeArgs {
   float scale;
 
   MDKV_INLINE const uint8_t* block(int64_t row, int64_t index) const {
-    return arena + block_table[row * block_table_stride + index] * pages_per_block * page_bytes;
+    return kv_cache + block_table[row * block_table_stride + index] * pages_per_block * page_bytes;
   }
   MDKV_INLINE int64_t padded_head() const { return round_up(head_size, kLanes); }
   MDKV_INLINE int64_t padded_rank() const { return round_up(basis_rank, kLanes); }

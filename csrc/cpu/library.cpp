@@ -10,7 +10,8 @@ TORCH_LIBRARY(mdkv, m) {
       "load_kv(Tensor kv_cache, Tensor block_ids, int num_tokens, Tensor(a!) keys, "
       "Tensor(b!) values) -> ()");
   m.def(
-      "mixed_decode(Tensor query, Tensor arena, int layer, int num_kv_heads, Tensor block_table, "
+      "mixed_decode(Tensor query, Tensor kv_cache, int layer, int num_kv_heads, Tensor "
+      "block_table, "
       "Tensor query_rows, Tensor lengths, Tensor leases, Tensor formats, Tensor basis_k, "
       "Tensor basis_v, Tensor hadamard, int basis_first_page, int basis_pages_per_head, "
       "int prompt_basis_rank, float scale, Tensor(a!) output, Tensor(b!)? lse) -> ()");

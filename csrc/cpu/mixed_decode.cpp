@@ -110,26 +110,28 @@ void set_basis(const at::Tensor& basis_k, const at::Tensor& basis_v, const at::T
   }
 }
 
-void set_cache(const at::Tensor& arena, int64_t layer, int64_t num_kv_heads, DecodeArgs& args) {
-  TORCH_CHECK(arena.dim() == 4 && arena.is_contiguous(),
-              "arena: expected contiguous [blocks, layers * kv_heads, block_size, 2 * head_size], "
-              "got ",
-              arena.sizes(), " with strides ", arena.strides());
-  TORCH_CHECK(num_kv_heads > 0 && arena.size(1) % num_kv_heads == 0, "num_kv_heads: ", num_kv_heads,
-              " does not divide the arena's ", arena.size(1), " pages per block");
-  TORCH_CHECK(layer >= 0 && (layer + 1) * num_kv_heads <= arena.size(1), "layer: ", layer, " of ",
-              arena.size(1) / num_kv_heads);
-  const int64_t head_size = arena.size(3) / 2;
-  TORCH_CHECK(arena.size(3) % 16 == 0 && head_size <= 512, "arena: head size ", head_size,
+void set_cache(const at::Tensor& kv_cache, int64_t layer, int64_t num_kv_heads, DecodeArgs& args) {
+  TORCH_CHECK(
+      kv_cache.dim() == 4 && kv_cache.is_contiguous(),
+      "kv_cache: expected contiguous [blocks, layers * kv_heads, block_size, 2 * head_size], "
+      "got ",
+      kv_cache.sizes(), " with strides ", kv_cache.strides());
+  TORCH_CHECK(num_kv_heads > 0 && kv_cache.size(1) % num_kv_heads == 0,
+              "num_kv_heads: ", num_kv_heads, " does not divide the kv_cache's ", kv_cache.size(1),
+              " pages per block");
+  TORCH_CHECK(layer >= 0 && (layer + 1) * num_kv_heads <= kv_cache.size(1), "layer: ", layer,
+              " of ", kv_cache.size(1) / num_kv_heads);
+  const int64_t head_size = kv_cache.size(3) / 2;
+  TORCH_CHECK(kv_cache.size(3) % 16 == 0 && head_size <= 512, "kv_cache: head size ", head_size,
               "; expected a multiple of 8 up to 512");
-  args.cache_type = element_of(arena, "arena");
-  args.num_blocks = arena.size(0);
-  args.pages_per_block = arena.size(1);
-  args.block_size = static_cast<int32_t>(arena.size(2));
+  args.cache_type = element_of(kv_cache, "kv_cache");
+  args.num_blocks = kv_cache.size(0);
+  args.pages_per_block = kv_cache.size(1);
+  args.block_size = static_cast<int32_t>(kv_cache.size(2));
   args.head_size = static_cast<int32_t>(head_size);
-  args.page_bytes = arena.size(2) * arena.size(3) * arena.element_size();
-  args.arena = static_cast<const uint8_t*>(arena.const_data_ptr());
-  args.arena_end = args.arena + arena.nbytes();
+  args.page_bytes = kv_cache.size(2) * kv_cache.size(3) * kv_cache.element_size();
+  args.kv_cache = static_cast<const uint8_t*>(kv_cache.const_data_ptr());
+  args.kv_cache_end = args.kv_cache + kv_cache.nbytes();
   args.num_kv_heads = static_cast<int32_t>(num_kv_heads);
   args.layer = static_cast<int32_t>(layer);
 }
@@ -155,14 +157,14 @@ void set_requests(const at::Tensor& block_table, const at::Tensor& query_rows,
   args.leases = leases.const_data_ptr<int32_t>();
 }
 
-void mixed_decode(const at::Tensor& query, const at::Tensor& arena, int64_t layer,
+void mixed_decode(const at::Tensor& query, const at::Tensor& kv_cache, int64_t layer,
                   int64_t num_kv_heads, const at::Tensor& block_table, const at::Tensor& query_rows,
                   const at::Tensor& lengths, const at::Tensor& leases, const at::Tensor& formats,
                   const at::Tensor& basis_k, const at::Tensor& basis_v, const at::Tensor& hadamard,
                   int64_t basis_first_page, int64_t basis_pages_per_head, int64_t prompt_basis_rank,
                   double scale, at::Tensor& output, const std::optional<at::Tensor>& lse) {
   DecodeArgs args{};
-  set_cache(arena, layer, num_kv_heads, args);
+  set_cache(kv_cache, layer, num_kv_heads, args);
   args.query = rows_view(query, "query");
   args.output = rows_view(output, "output");
   TORCH_CHECK(query.size(2) == args.head_size && query.size(1) % num_kv_heads == 0,
@@ -174,7 +176,7 @@ void mixed_decode(const at::Tensor& query, const at::Tensor& arena, int64_t laye
   args.group = static_cast<int32_t>(query.size(1) / num_kv_heads);
   args.scale = static_cast<float>(scale);
   set_requests(block_table, query_rows, lengths, leases, args);
-  set_formats(formats, 8 * arena.element_size(), args);
+  set_formats(formats, 8 * kv_cache.element_size(), args);
   set_basis(basis_k, basis_v, hadamard, basis_first_page, basis_pages_per_head, prompt_basis_rank,
             args);
   if (lse.has_value()) {

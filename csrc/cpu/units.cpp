@@ -37,7 +37,7 @@ void read_lists(const DecodeArgs& args, Unit& unit) {
     const int64_t pages = list.tokens < 0 ? -1 : args.formats[f].pages(list.tokens);
     TORCH_CHECK(pages >= 0 && (pages == 0 || list.first_page >= 0) &&
                     list.first_page + pages <= lease_pages,
-                "arena: the page table of row ", unit.row, ", layer ", args.layer, ", head ",
+                "kv_cache: the page table of row ", unit.row, ", layer ", args.layer, ", head ",
                 unit.head, ", format ", f, " lists ", list.tokens, " tokens from page ",
                 list.first_page, " of ", lease_pages);
     unit.pages += pages;
@@ -50,15 +50,15 @@ std::vector<Unit> read_units(const DecodeArgs& args) {
   std::vector<Unit> units;
   units.reserve(args.num_queries * args.num_kv_heads);
   for (int64_t query = 0; query < args.num_queries; ++query) {
-    const int64_t row = args.query_rows[query];
-    TORCH_CHECK(row >= 0 && row < args.num_rows, "query_rows: query ", query, " names row ", row,
-                " of ", args.num_rows);
     Unit unit{};
     unit.query = query;
-    unit.row = row;
     unit.length = args.lengths[query];
     int64_t tail_blocks = 0;
     if (unit.length > 0) {
+      const int64_t row = args.query_rows[query];
+      TORCH_CHECK(row >= 0 && row < args.num_rows, "query_rows: query ", query, " names row ", row,
+                  " of ", args.num_rows);
+      unit.row = row;
       unit.first_lease_block = args.leases[2 * row];
       unit.tail_block = args.leases[2 * row + 1];
       const int64_t blocks = (int64_t{unit.length} + args.block_size - 1) / args.block_size;

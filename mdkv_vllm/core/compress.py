@@ -11,7 +11,7 @@ Extra memory at its peak, whatever the batch:
 - what the kernels need: on CPU one layer in float32 (see :mod:`mdkv_vllm.core.layers`) and a few
   tiles, or with the torch reference a few score matrices of ``window * group`` rows by the prompt's
   tokens, for as many heads as fit :data:`mdkv_vllm.core.kernels.SCORE_ELEMENTS`; on GPUs see
-  :mod:`mdkv_vllm.triton_kernels.compress`;
+  :mod:`mdkv_vllm.kernels.triton.compress`;
 - for each token, head and layer of a group: its losses (4 bytes per option), its choice, and what
   the allocation needs of its own.
 """
@@ -27,6 +27,7 @@ from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import Loss
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.core.prompt import LoadLayer, Prompt
 
@@ -56,7 +57,7 @@ class Compressor:
 
     Attributes:
         layout: what leases look like.
-        loss: one of :data:`mdkv_vllm.core.loss.LOSSES`.
+        loss: what tokens cost.
         scale: factor of the attention scores.
         basis: calibrated basis, copied to a device once; None where no format needs one or it
             is the prompt's own.
@@ -66,7 +67,7 @@ class Compressor:
     """
 
     layout: LeaseLayout
-    loss: str
+    loss: Loss
     scale: float
     basis: Basis | None = None
     heads: HeadBudgets | None = None

@@ -12,6 +12,7 @@ from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import CODE_ZERO, FormatSet, PageGeometry
 from mdkv_vllm.core.layers import LayerGroup
 from mdkv_vllm.core.loss import Candidate, loss_sums, window_logits
+from mdkv_vllm.core.losses import Loss
 from mdkv_vllm.core.packing import pack_list
 from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.core.quantise import dequantise, quantise
@@ -122,7 +123,7 @@ class LayerKernels(Protocol):
         candidates: Sequence[Candidate],
         span: int,
         scale: float,
-        variant: str,
+        loss: Loss,
     ) -> torch.Tensor:
         """Per-token sums of :func:`mdkv_vllm.core.loss.loss_sums`.
 
@@ -132,7 +133,7 @@ class LayerKernels(Protocol):
             candidates: the reduced formats.
             span: tokens that are compressed.
             scale: factor of the scores.
-            variant: one of :data:`mdkv_vllm.core.loss.LOSSES`.
+            loss: which one.
 
         Returns:
             float32 ``[1 + candidates, kv_heads, span]``.
@@ -191,7 +192,7 @@ class ReferenceKernels:
         candidates: Sequence[Candidate],
         span: int,
         scale: float,
-        variant: str,
+        loss: Loss,
     ) -> torch.Tensor:
         """See :class:`LayerKernels`."""
         heads, window, group, _ = queries.shape
@@ -201,7 +202,7 @@ class ReferenceKernels:
             some = slice(start, start + turn)
             logits = window_logits(queries[some], keys[some], scale)
             mine = [Candidate(c.queries[some], c.keys[some], c.value_error) for c in candidates]
-            parts.append(loss_sums(logits, mine, span, scale, variant))
+            parts.append(loss_sums(logits, mine, span, scale, loss))
         return torch.cat(parts, dim=1)
 
     def allocate(

@@ -1,7 +1,7 @@
 """Loss of holding a token at a format, as the window queries would see it.
 
-Formulas: MixedDimKV (arXiv 2603.20616) section 3 and algorithm 1; the solo, pooled and
-hybrid variants are ours.
+Formulas: MixedDimKV (arXiv 2603.20616) section 3 and algorithm 1; probabilities of one token at a
+time, pooling and the prior are ours.
 """
 
 from __future__ import annotations
@@ -12,18 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import max_pool1d, pad
 
-LOSSES = ("paper", "solo", "pooled", "hybrid")
-POOL_BEFORE, POOL_AFTER = 8, 3
-"""A token's pooled loss is the largest from so many tokens before it to so many after it.
-
-SnapKV pools over 3 either way. Reaching further back is ours: an answer copied from the prompt is
-read token by token, and the queries that read its later tokens do not exist yet.
-"""
-HYBRID_WEIGHT = 0.2
-"""Weight of the pooled loss in ``hybrid``."""
-PRIOR_WEIGHT = 0.4
-"""In ``hybrid``, attention that every token is expected to get from later queries, over what the
-window's queries give a token of its head on average (benchmarks/NOTES.md says why)."""
+from mdkv_vllm.core.losses import POOL_AFTER, POOL_BEFORE, Loss
 
 
 @dataclass(frozen=True)
@@ -65,12 +54,12 @@ def loss_sums(
     candidates: Sequence[Candidate],
     span: int,
     scale: float,
-    variant: str,
+    loss: Loss,
 ) -> torch.Tensor:
     """What the window queries say about each token, summed over them.
 
-    In ``paper``, ``P_f`` is the softmax with every span key at format f. In ``solo`` (and the
-    pooled variants, which build on it) only token t changes:
+    Where it is joint, ``P_f`` is the softmax with every span key at format f. Otherwise only token
+    t changes:
     ``P_f = P e / (1 + P (e - 1))`` with ``e`` the exponential of the score's change.
 
     Args:
@@ -78,7 +67,7 @@ def loss_sums(
         candidates: the reduced formats.
         span: tokens that are compressed.
         scale: factor of the scores.
-        variant: one of :data:`LOSSES`.
+        loss: which one.
 
     Returns:
         float32 ``[1 + candidates, kv_heads, span]``: ``sum_q P[q,t]``, then
@@ -90,7 +79,7 @@ def loss_sums(
     sums = [probability.sum(1)]
     for candidate in candidates:
         scores = torch.bmm(candidate.queries, candidate.keys.transpose(1, 2)).mul_(scale)
-        if variant == "paper":
+        if loss.joint:
             total = torch.logaddexp(scores.logsumexp(-1, keepdim=True), window_log_sum)
             changed = scores.sub_(total).exp_()
         else:
@@ -105,7 +94,7 @@ def losses_from_sums(
     sums: torch.Tensor,
     value_norms: torch.Tensor,
     value_errors: Sequence[torch.Tensor],
-    variant: str,
+    loss: Loss,
     drop: bool,
 ) -> torch.Tensor:
     """Loss of every span token at ``drop`` (if allowed), each candidate, and nothing else.
@@ -117,33 +106,34 @@ def losses_from_sums(
         sums: from :func:`loss_sums`.
         value_norms: float32 ``[kv_heads, span]``, ``|V_t|``.
         value_errors: float32 ``[kv_heads, span]`` per candidate, ``|V_t - V_t^f|``.
-        variant: one of :data:`LOSSES`.
+        loss: which one.
         drop: whether the first row of the result is ``drop``.
 
     Returns:
         float32 ``[options, kv_heads, span]``.
     """
-    if variant == "hybrid":
-        sums = with_prior(sums)
+    if loss.prior:
+        sums = with_prior(sums, loss.prior)
     mass = sums[0]
     losses = [2 * mass * value_norms] if drop else []
     for moved, error in zip(sums[1:], value_errors, strict=True):
         losses.append(moved * value_norms + mass * error)
-    return pool(torch.stack(losses), variant)
+    return pool(torch.stack(losses), loss)
 
 
-def with_prior(sums: torch.Tensor) -> torch.Tensor:
+def with_prior(sums: torch.Tensor, prior: float) -> torch.Tensor:
     """Sums as though later queries looked at every token a little, besides the window's.
 
     A token the window ignores would otherwise be worth nothing, whatever is asked later. Its
-    ``P`` grows by :data:`PRIOR_WEIGHT` times its head's mean; ``|P_f - P|`` grows with it, for
+    ``P`` grows by ``prior`` times its head's mean; ``|P_f - P|`` grows with it, for
     the relative change of ``P`` depends on the keys more than on who looks.
 
     Args:
         sums: from :func:`loss_sums`, ``[1 + candidates, kv_heads, span]``.
+        prior: see :class:`mdkv_vllm.core.losses.Loss`.
     """
     mass = sums[0]
-    raised = mass + PRIOR_WEIGHT * mass.mean(-1, keepdim=True)
+    raised = mass + prior * mass.mean(-1, keepdim=True)
     result = sums * (raised / mass.clamp_min(1e-30))
     result[0] = raised  # also where the window's own attention has underflowed
     return result
@@ -154,26 +144,26 @@ def token_losses(
     value_norms: torch.Tensor,
     candidates: Sequence[Candidate],
     scale: float,
-    variant: str,
+    loss: Loss,
     drop: bool,
 ) -> torch.Tensor:
     """:func:`loss_sums`, then :func:`losses_from_sums`."""
-    sums = loss_sums(logits, candidates, value_norms.shape[1], scale, variant)
-    return losses_from_sums(sums, value_norms, [c.value_error for c in candidates], variant, drop)
+    sums = loss_sums(logits, candidates, value_norms.shape[1], scale, loss)
+    return losses_from_sums(sums, value_norms, [c.value_error for c in candidates], loss, drop)
 
 
-def pool(losses: torch.Tensor, variant: str) -> torch.Tensor:
-    """Spread losses over neighbouring tokens: ``pooled`` and ``hybrid``; others unchanged.
+def pool(losses: torch.Tensor, loss: Loss) -> torch.Tensor:
+    """Spread losses over neighbouring tokens, where the loss pools.
 
     A token is rarely needed alone; without pooling, the later tokens of a phrase that the
     window queries do not look at yet are lost.
 
     Args:
         losses: float32 ``[options, kv_heads, span]``.
-        variant: one of :data:`LOSSES`.
+        loss: which one.
     """
-    if variant not in ("pooled", "hybrid"):
+    if not loss.pooled:
         return losses
     padded = pad(losses, (POOL_BEFORE, POOL_AFTER))  # losses are not negative
     pooled = max_pool1d(padded, POOL_BEFORE + 1 + POOL_AFTER, stride=1)
-    return pooled if variant == "pooled" else losses + HYBRID_WEIGHT * pooled
+    return loss.pooled * pooled if not loss.own else loss.own * losses + loss.pooled * pooled

@@ -46,8 +46,8 @@ def pack_list(
         key_codes, value_codes = keys.to(geometry.dtype), values.to(geometry.dtype)
     key_rows = _paged(key_codes, num_pages, capacity).transpose(1, 2)
     value_rows = _paged(value_codes, num_pages, capacity)
-    pages[:, :section] = _pack_rows(key_rows, fmt).flatten(1)
-    pages[:, section : 2 * section] = _pack_rows(value_rows, fmt).flatten(1)
+    pages[:, :section] = pack_rows(key_rows, fmt).flatten(1)
+    pages[:, section : 2 * section] = pack_rows(value_rows, fmt).flatten(1)
     return pages
 
 
@@ -93,7 +93,7 @@ def _paged(rows: torch.Tensor, num_pages: int, capacity: int) -> torch.Tensor:
     return padded.view(num_pages, capacity, rows.shape[1])
 
 
-def _pack_rows(rows: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
+def pack_rows(rows: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
     """Pack the last axis of ``[pages, rows, n]`` codes into uint8 bytes."""
     if not fmt.quantised:
         return rows.contiguous().view(torch.uint8)
@@ -106,7 +106,7 @@ def _pack_rows(rows: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
 
 
 def _unpack_rows(packed: torch.Tensor, fmt: PageFormat, dtype: torch.dtype) -> torch.Tensor:
-    """Inverse of :func:`_pack_rows`."""
+    """Inverse of :func:`pack_rows`."""
     if not fmt.quantised:
         return packed.contiguous().view(dtype)
     mask = 2**fmt.bits - 1

@@ -9,6 +9,7 @@ import torch
 
 from mdkv_vllm.core.basis import Basis, principal_basis
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import Loss
 
 LoadLayer = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 """Layer index to keys and values ``[kv_heads, prompt_tokens, head_size]``, innermost contiguous, on
@@ -47,7 +48,7 @@ class Prompt:
 
     Attributes:
         layout: of its lease.
-        loss: one of :data:`mdkv_vllm.core.loss.LOSSES`.
+        loss: what tokens cost.
         scale: factor of the attention scores.
         basis: the calibrated basis on the prompt's device; None where no format needs one or it is
             the prompt's own.
@@ -58,7 +59,7 @@ class Prompt:
     """
 
     layout: LeaseLayout
-    loss: str
+    loss: Loss
     scale: float
     basis: Basis | None
     load: LoadLayer

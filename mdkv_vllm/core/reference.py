@@ -129,7 +129,8 @@ def mixed_decode(
         layout: what leases look like.
         block_table: int32 ``[rows, max_blocks]``.
         query_rows: int32 ``[queries]``, the block-table row of each query.
-        lengths: int32 ``[queries]``, keys visible to each query counted from position 0.
+        lengths: int32 ``[queries]``, keys visible to each query counted from position 0; a query
+            of length 0 gives zeros and minus infinity, and its row is not looked at.
         leases: int32 ``[rows, 2]``, first lease block and tail block; 0, 0 for no lease.
         basis: calibrated basis, where formats use one and it is not the prompt's own.
         scale: factor of the scores.
@@ -140,9 +141,11 @@ def mixed_decode(
     heads, head_size = layout.num_kv_heads, layout.geometry.head_size
     block_size = layout.geometry.block_size
     outputs = torch.zeros(query.shape, dtype=torch.float64)
-    lse = torch.zeros(query.shape[:2], dtype=torch.float64)
+    lse = torch.full(query.shape[:2], -torch.inf, dtype=torch.float64)
     group = query.shape[1] // heads
     for index, (row, length) in enumerate(zip(query_rows.tolist(), lengths.tolist(), strict=True)):
+        if length == 0:
+            continue
         first_lease, tail = leases[row].tolist()
         positions = torch.arange(tail * block_size, max(length, tail * block_size))
         blocks = block_table[row].long()[positions // block_size]

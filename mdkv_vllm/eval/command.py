@@ -22,7 +22,7 @@ from mdkv_vllm.config import (
     MixedDimConfig,
 )
 from mdkv_vllm.core.formats import PageGeometry
-from mdkv_vllm.core.loss import HYBRID_WEIGHT, POOL_AFTER, POOL_BEFORE, PRIOR_WEIGHT
+from mdkv_vllm.core.losses import LOSSES, POOL_AFTER, POOL_BEFORE
 from mdkv_vllm.eval.example import Example
 from mdkv_vllm.eval.report import markdown, plots
 from mdkv_vllm.eval.rows import Row, append_rows, read_rows
@@ -136,7 +136,7 @@ def run_description(options: argparse.Namespace, haystack: str) -> dict[str, Any
         "formats": list(MixedDimConfig().format_set(PageGeometry(16, 64, torch.bfloat16)).names),
         "head budgets": [DEFAULT_HEAD_SHARE, DEFAULT_HEAD_POWER],
         "head scores": _digest(Path(options.model) / HEADS_FILE) if options.offline else None,
-        "losses": [PRIOR_WEIGHT, HYBRID_WEIGHT, POOL_BEFORE, POOL_AFTER],
+        "losses": [repr(LOSSES), POOL_BEFORE, POOL_AFTER],
     }
 
 

@@ -73,9 +73,9 @@ def store_tokens(
         kv_cache_dtype: vLLM's name of the cache's type.
     """
     if kv_cache.device.type == "cpu":
-        from mdkv_vllm.ops import cpu
+        from mdkv_vllm.kernels.cpu.cache import store_kv
 
-        cpu.store_kv(key, value, kv_cache, slot_mapping)
+        store_kv(key, value, kv_cache, slot_mapping)
         return
     keys, values = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
     vllm_ops.reshape_and_cache_flash(
@@ -97,10 +97,10 @@ def load_tokens(
     heads, block_size, content = kv_cache.shape[1:]
     blocks = blocks[: -(-num_tokens // block_size)]
     if kv_cache.device.type == "cpu":
-        from mdkv_vllm.ops import cpu
+        from mdkv_vllm.kernels.cpu.cache import load_kv
 
         keys, values = torch.empty(2, heads, num_tokens, content // 2, dtype=dtype)
-        cpu.load_kv(kv_cache, blocks, num_tokens, keys, values)
+        load_kv(kv_cache, blocks, num_tokens, keys, values)
         return keys, values
     tokens = kv_cache.index_select(0, blocks).transpose(0, 1).flatten(1, 2)[:, :num_tokens]
     keys, values = tokens.to(dtype).split(content // 2, dim=-1)

@@ -15,8 +15,9 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
-from mdkv_vllm.ops.compress import compression_kernels
-from mdkv_vllm.ops.decode import DecodeSetting, decode_kernel
+from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.kernels.interface import DecodeSetting
+from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
 from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
@@ -81,7 +82,7 @@ class MixedDimWorker(Worker):
         decode_name, decode = decode_kernel(config.kernels, setting)
         compressor = Compressor(
             policy.layout,
-            config.loss,
+            LOSSES[config.loss],
             scale,
             artifacts.basis,
             artifacts.heads,

@@ -3,14 +3,8 @@
 import pytest
 import torch
 
-from mdkv_vllm.core.loss import (
-    HYBRID_WEIGHT,
-    PRIOR_WEIGHT,
-    Candidate,
-    pool,
-    token_losses,
-    window_logits,
-)
+from mdkv_vllm.core.loss import Candidate, pool, token_losses, window_logits
+from mdkv_vllm.core.losses import LOSSES
 
 HEADS, WINDOW, GROUP, TOKENS, SIZE = 2, 4, 3, 40, 16
 SPAN = 30
@@ -33,14 +27,14 @@ def probabilities(queries, keys):
     return scores.softmax(-1).flatten(1, 2)
 
 
-def losses_of(prompt, variant):
+def losses_of(prompt, loss):
     queries, keys, values, reduced_keys, reduced_values = prompt
     candidate = Candidate(
         queries.flatten(1, 2), reduced_keys, (values[:, :SPAN] - reduced_values).norm(dim=-1)
     )
     logits = window_logits(queries, keys, SCALE)
     norms = values[:, :SPAN].norm(dim=-1)
-    return token_losses(logits, norms, [candidate], SCALE, variant, drop=True).double()
+    return token_losses(logits, norms, [candidate], SCALE, LOSSES[loss], drop=True).double()
 
 
 def expected_loss(prompt, changed):
@@ -79,20 +73,24 @@ def test_solo_loss_changes_one_key_at_a_time(prompt):
 def test_pooling():
     losses = torch.zeros(1, 1, 20)
     losses[0, 0, 10] = 1.0
-    pooled = pool(losses, "pooled")
+    pooled = pool(losses, LOSSES["pooled"])
     assert pooled[0, 0].nonzero().flatten().tolist() == list(range(7, 19))
-    torch.testing.assert_close(pool(losses, "hybrid"), losses + HYBRID_WEIGHT * pooled)
-    assert pool(losses, "solo") is losses
+    torch.testing.assert_close(
+        pool(losses, LOSSES["hybrid"]), losses + LOSSES["hybrid"].pooled * pooled
+    )
+    assert pool(losses, LOSSES["solo"]) is losses
 
 
 def test_hybrid_gives_every_token_some_attention(prompt):
     queries, keys, values, *_ = prompt
     queries.mul_(30)  # nearly all of the window's attention goes to a few tokens
     mass = probabilities(queries, keys)[..., :SPAN].sum(1)
-    expected = mass + PRIOR_WEIGHT * mass.mean(-1, keepdim=True)
+    expected = mass + LOSSES["hybrid"].prior * mass.mean(-1, keepdim=True)
     expected = 2 * expected * values[:, :SPAN].double().norm(dim=-1)
     drop, reduced = losses_of(prompt, "hybrid")
-    torch.testing.assert_close(drop, pool(expected.unsqueeze(0), "hybrid")[0], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        drop, pool(expected.unsqueeze(0), LOSSES["hybrid"])[0], rtol=1e-3, atol=1e-6
+    )
     ignored = mass < 1e-4 * mass.mean(-1, keepdim=True)
     assert ignored.any()
     solo = losses_of(prompt, "solo")[1]

@@ -11,10 +11,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from mdkv_vllm.triton_kernels.attend import attend_split
-from mdkv_vllm.triton_kernels.merge import merge_parts
-from mdkv_vllm.triton_kernels.rotate import rotate_queries
-from mdkv_vllm.triton_kernels.shapes import DecodeShape
+from mdkv_vllm.kernels.triton.attend import attend_split
+from mdkv_vllm.kernels.triton.merge import merge_parts
+from mdkv_vllm.kernels.triton.rotate import rotate_queries
+from mdkv_vllm.kernels.triton.shapes import DecodeShape
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have, by compute capability."""

@@ -23,7 +23,7 @@ def _poison() -> ExitStack:
 
 
 def run_losses(prompt, layers, bases):
-    from mdkv_vllm.triton_kernels.compress import TritonKernels
+    from mdkv_vllm.kernels.triton.compress import TritonKernels
 
     with _poison():
         return TritonKernels().layers(prompt, layers, bases).losses()
@@ -31,7 +31,7 @@ def run_losses(prompt, layers, bases):
 
 def run_pack(prompt, layers, bases, chosen, pages, first_page):
     """Pack; the pages, of which the process may have a copy, and the first page behind them."""
-    from mdkv_vllm.triton_kernels.compress import TritonKernels
+    from mdkv_vllm.kernels.triton.compress import TritonKernels
 
     with _poison():
         end = TritonKernels().layers(prompt, layers, bases).pack(chosen, pages, first_page)
@@ -40,9 +40,9 @@ def run_pack(prompt, layers, bases, chosen, pages, first_page):
 
 def run_allocate(clearings, *arguments):
     """Allocate in fewer rounds, for tests that look at something else."""
-    from mdkv_vllm.triton_kernels.compress import TritonKernels
+    from mdkv_vllm.kernels.triton.compress import TritonKernels
 
-    with _poison(), mock.patch("mdkv_vllm.triton_kernels.allocate._CLEARINGS", clearings):
+    with _poison(), mock.patch("mdkv_vllm.kernels.triton.allocate._CLEARINGS", clearings):
         return TritonKernels().allocate(*arguments)
 
 

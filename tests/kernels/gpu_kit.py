@@ -1,34 +1,18 @@
-"""The GPU kit as a package, and kernels with faults that its checks have to find.
+"""The GPU kit on this machine's CPU, and kernels with faults that its checks have to find.
 
-Loaded by its path: ``benchmarks`` on the module path would offer folders like ``lm_eval`` there
-as packages. The interpreter's process imports this module, and so has all of it too.
+The interpreter's process imports this module, and so has all of it too.
 """
 
-import importlib.util
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+os.environ["MDKV_GPU_REHEARSAL"] = "1"  # read when the kit's device is first asked for
 
-
-os.environ["MDKV_GPU_REHEARSAL"] = "1"  # its device is this machine's CPU
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("gpu", FOLDER / "__init__.py")
-    package = importlib.util.module_from_spec(spec)
-    sys.modules["gpu"] = package
-    spec.loader.exec_module(package)
-
-
-_load()
-
-from gpu import (  # noqa: E402
+from benchmarks.gpu import (
     check,
     compress_check,
     compress_time,
@@ -45,8 +29,12 @@ from gpu import (  # noqa: E402
     sanitize,
     sass,
 )
-from gpu.call import CUDA, TRITON  # noqa: E402
-from gpu.stages import build  # noqa: E402
+from benchmarks.gpu.call import CUDA, TRITON
+from benchmarks.gpu.stages import build
+from mdkv_vllm.kernels.interface import DecodeBatch
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "gpu"
 
 __all__ = [
     "build",
@@ -84,68 +72,88 @@ def locate_fault(model, name, seed, fault=None):
 def check_cuda(model, mix, seed, shift=0):
     """Where the CUDA kernels run on the CPU; every length is ``shift`` too long."""
 
-    def decode(*arguments):
-        lengths = arguments[6]
-        longer = torch.where(lengths > 0, lengths + shift, lengths)
-        CUDA.decode(*arguments[:6], longer, *arguments[7:])
+    def too_long(kernel, setting, query, layer, batch, output, lse):
+        lengths = torch.where(batch.lengths > 0, batch.lengths + shift, batch.lengths)
+        kernel.attend(query, layer, replace(batch, lengths=lengths), output, lse)
 
-    (outcome,) = check.check_variant(model, mix, seed, replace(CUDA, decode=decode))
+    made = replace(CUDA, make=lambda setting: FaultyDecode(CUDA.make(setting), setting, too_long))
+    (outcome,) = check.check_variant(model, mix, seed, made)
     return outcome
 
 
 def _faulty(fault):
-    return replace(TRITON, decode=FAULTS[fault])
+    spoil = FAULTS[fault]
+    return replace(TRITON, make=lambda setting: FaultyDecode(TRITON.make(setting), setting, spoil))
 
 
-def _scaled(*arguments):
-    TRITON.decode(*arguments)
-    arguments[9].mul_(1.05)
+class FaultyDecode:
+    """A decode kernel that another function calls, with a fault in it."""
+
+    def __init__(self, kernel, setting, attend):
+        self._kernel, self._setting, self._attend = kernel, setting, attend
+
+    def attend(self, query, layer, batch, output, lse=None, recent=None):
+        self._attend(self._kernel, self._setting, query, layer, batch, output, lse)
+
+    def scratch(self):
+        return self._kernel.scratch()
 
 
-def _unwritten(*arguments):
-    TRITON.decode(*arguments)
-    arguments[9][-2, -1, -1] = torch.nan
+def _right(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
 
 
-def _last_token_missed(query, arena, layer, tables, block_table, rows, lengths, *more):
-    TRITON.decode(query, arena, layer, tables, block_table, rows, (lengths - 1).clamp(min=0), *more)
+def _scaled(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
+    output.mul_(1.05)
 
 
-def _cache_written(query, arena, *more):
-    TRITON.decode(query, arena, *more)
-    arena.view(torch.uint8).view(-1)[5] ^= 1
+def _unwritten(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
+    output[-2, -1, -1] = torch.nan
 
 
-def _wrong_from_eleven(query, arena, layer, tables, block_table, rows, lengths, leases, *more):
+def _last_token_missed(kernel, setting, query, layer, batch, output, lse):
+    shorter = DecodeBatch(
+        batch.block_table, batch.query_rows, (batch.lengths - 1).clamp(min=0), batch.leases
+    )
+    kernel.attend(query, layer, shorter, output, lse)
+
+
+def _cache_written(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
+    setting.kv_cache.view(torch.uint8).view(-1)[5] ^= 1
+
+
+def _wrong_from_eleven(kernel, setting, query, layer, batch, output, lse):
     """Where a list (of every head and layer) has eleven tokens or more, in one dimension."""
-    TRITON.decode(query, arena, layer, tables, block_table, rows, lengths, leases, *more)
-    for index, row in enumerate(rows.tolist()):
-        first, tail = leases[row].tolist()
-        block = arena[block_table[row, first]].view(torch.uint8).flatten()
-        held = int(block[:4].view(torch.int32)) if tail else int(lengths[index])
+    kernel.attend(query, layer, batch, output, lse)
+    for index, row in enumerate(batch.query_rows.tolist()):
+        first, tail = batch.leases[row].tolist()
+        block = setting.kv_cache[batch.block_table[row, first]].view(torch.uint8).flatten()
+        held = int(block[:4].view(torch.int32)) if tail else int(batch.lengths[index])
         if held >= 11:
-            more[1][index, 0, 7] += 1
+            output[index, 0, 7] += 1
 
 
-def _beside_written(*arguments):
-    TRITON.decode(*arguments)
-    output = arguments[9]
+def _beside_written(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
     output.as_strided((1,), (1,), 0).zero_()
 
 
-def _padding_written(*arguments):
-    TRITON.decode(*arguments)
-    arguments[9][-1] = 1
+def _padding_written(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
+    output[-1] = 1
 
 
-def _lse_off(*arguments):
-    TRITON.decode(*arguments)
-    if len(arguments) > 11:
-        arguments[11].add_(0.05)
+def _lse_off(kernel, setting, query, layer, batch, output, lse):
+    kernel.attend(query, layer, batch, output, lse)
+    if lse is not None:
+        lse.add_(0.05)
 
 
 FAULTS = {
-    None: TRITON.decode,
+    None: _right,
     "scaled": _scaled,
     "unwritten": _unwritten,
     "last token missed": _last_token_missed,
@@ -198,7 +206,7 @@ def time_compression(model, lengths):
     """Nothing but the times is another on a GPU."""
     generator = torch.Generator().manual_seed(0)
     with (
-        mock.patch("mdkv_vllm.triton_kernels.allocate._CLEARINGS", 1),
+        mock.patch("mdkv_vllm.kernels.triton.allocate._CLEARINGS", 1),
         mock.patch.object(compress_time, "ROUNDS", 1),
     ):
         return list(compress_time.time_compression(generator, model, lengths))

@@ -30,21 +30,3 @@ def start() -> ProcessPoolExecutor:
     """One process that interprets kernels."""
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(1, context, _use_interpreter)
-
-
-def decode(layout, group, basis, programs, query, arena, layer, requests, scale, output, lse):
-    """Run ``mixed_decode`` with a poisoned workspace, in the process.
-
-    Returns outputs, lse and the queries that it kept.
-    """
-    from mdkv_vllm.triton_kernels import mixed_decode as kernel
-
-    tables = kernel.DecodeTables.build(layout, group, basis, arena.device)
-    workspace = kernel.DecodeWorkspace.allocate(tables.shape, len(query), arena.device, programs)
-    for floats in (workspace.rotated, workspace.part_out, workspace.part_lse):
-        floats.fill_(torch.nan)
-    recent = torch.full(query.shape, torch.nan, dtype=query.dtype)
-    kernel.mixed_decode(
-        query, arena, layer, tables, *requests, scale, output, workspace, lse, recent
-    )
-    return output, lse, recent

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mdkv_vllm.triton_kernels.select_kernel import EXACT, float_of_ordered, kth_largest
+from mdkv_vllm.kernels.triton.select_kernel import EXACT, float_of_ordered, kth_largest
 
 
 @triton.jit

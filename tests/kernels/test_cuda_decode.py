@@ -1,198 +1,43 @@
-"""The CUDA decode kernels, run on a CPU (cuda_host), against the float64 reference."""
+"""What is the CUDA decode kernels' own, run on a CPU: orders of threads, shares, many units."""
 
-import leases
+import decode_runners
 import pytest
 import torch
 from cuda_host import process as host
-from leases import Model, Request, ragged
+from decode_runners import Case, run_ragged
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 8e-3}
-"""Relative error by cache or query type, mostly of weights rounded to it."""
+from mdkv_vllm.testing.leases import Model, Request
 
 EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
-DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
-def process(cuda_host_library):
+def runner(cuda_host_library):
     with host.start(cuda_host_library) as running:
-        yield running
-
-
-class Case(leases.Case):
-    """Runs the CUDA kernels in their process."""
-
-    lse_error = 2e-3  # in bfloat16, queries rotated into a basis are rounded again
-
-    def __init__(self, process, model, requests, seed=0, programs=24, order="threads backwards"):
-        super().__init__(model, requests, seed)
-        self.process, self.programs, self.order = process, programs, order
-
-    def decode(self, query, layer, query_rows, lengths, scale, output, lse):
-        requests = (self.block_table, query_rows, lengths, self.leases)
-        done = self.process.submit(
-            host.decode,
-            self.layout,
-            self.model.group,
-            self.calibrated,
-            self.programs,
-            self.order,
-            query,
-            self.arena,
-            layer,
-            requests,
-            scale,
-            output,
-            lse,
-        )
-        *results, recent = done.result()
-        for written, result in zip((output, lse, self.arena), results, strict=True):
-            written.copy_(result)
-        assert torch.equal(recent, query)
-
-    def query(self, *shape):
-        """Of numbers that the cache's type has too: the kernel multiplies in that type."""
-        return super().query(*shape).to(self.model.dtype).to(self.model.query_dtype)
-
-    def tolerance(self):
-        return max(TOLERANCE[self.model.dtype], TOLERANCE[self.model.query_dtype])
-
-
-def run_ragged(process, model, seed=0, **options):
-    case = Case(process, model, ragged(model.layout().min_blocks + 2), seed, **options)
-    rows = [0, 1, 2, 3, 4, 1, 1]
-    totals = [case.totals[row] for row in rows]
-    totals[5] -= 33  # several queries of a row, of different lengths
-    totals[6] = 1
-    case.check(rows, totals)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", EVERY_FORMAT)
-def test_single_format(process, name, dtype):
-    case = Case(process, Model(names=(name,), dtype=dtype), [Request(8, 37), Request(0, 70)])
-    case.check([0, 1], case.totals)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
-def test_head_sizes(process, head_size, dtype):
-    run_ragged(process, Model(names=EVERY_FORMAT, head_size=head_size, dtype=dtype), head_size)
-
-
-@pytest.mark.parametrize("group", [1, 4, 8, 9, 17])
-def test_groups(process, group):
-    model = Model(names=EVERY_FORMAT, kv_heads=1, group=group, dtype=torch.float16)
-    run_ragged(process, model, seed=group)
-
-
-@pytest.mark.parametrize("block_size", [8, 48])
-def test_block_sizes(process, block_size):
-    run_ragged(process, Model(EVERY_FORMAT, block_size=block_size, dtype=torch.float16))
-
-
-@pytest.mark.parametrize("query_dtype", DTYPES)
-def test_query_types(process, query_dtype):
-    run_ragged(process, Model(dtype=query_dtype, query_dtype=query_dtype))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_prompt_basis(process, dtype):
-    names = ("r8", "r24", "r16i4", "full")
-    run_ragged(process, Model(names=names, dtype=dtype, prompt_basis_rank=24, block_size=8))
-
-
-@pytest.mark.parametrize(
-    ("head_size", "names"),
-    [
-        (64, ("r4", "r4i2", "r8i4")),
-        (64, ("r60", "r12i8")),
-        (80, ("r32", "r48i2", "r64i4")),
-        (64, ("r8", "r24", "r12", "r48")),
-        (64, ("r12i8", "r20i8", "r32i8", "r48i8")),
-        (96, ("r64i8", "r32i8", "r12i8", "r92i4")),
-        (256, ("r200i2", "r100i4", "r252i8")),
-    ],
-)
-def test_ranks(process, head_size, names):
-    run_ragged(process, Model(names, head_size, 4, dtype=torch.float16))
+        yield decode_runners.cuda(running)
 
 
 @pytest.mark.parametrize("order", host.ORDERS)
-def test_orders(process, order):
+def test_orders(runner, order):
     """Whatever order threads and copies run in, if barriers and waits are where they should be."""
-    run_ragged(process, Model(names=EVERY_FORMAT, group=8, dtype=torch.float16), order=order)
-
-
-def test_empty_lists(process):
-    case = Case(process, Model(), [Request(4, 1, fill=0.0), Request(4, 20, fill=0.0)])
-    case.check([0, 1], case.totals)
-
-
-def test_lease_without_tail(process):
-    case = Case(process, Model(), [Request(6, 0)])
-    case.check([0], case.totals)
-
-
-def test_no_lease_at_all(process):
-    case = Case(process, Model(names=("full",)), [Request(0, n) for n in (1, 15, 16, 17, 700)])
-    case.check([0, 1, 2, 3, 4], case.totals)
+    run_ragged(runner, Model(EVERY_FORMAT, group=8, dtype=torch.float16), order=order)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 7, 40, 1000])
-def test_any_number_of_warps(process, programs):
-    model = Model(names=EVERY_FORMAT, kv_heads=1, dtype=torch.float16)
-    case = Case(process, model, [Request(40, 150), Request(4, 3)], programs=programs)
+def test_any_number_of_warps(runner, programs):
+    model = Model(EVERY_FORMAT, kv_heads=1, dtype=torch.float16)
+    case = Case(runner, model, [Request(40, 150), Request(4, 3)], programs=programs)
     case.check([0, 1], case.totals)
 
 
-def test_many_units(process):
+def test_many_units(runner):
     """More units than threads look through at a time, most of them without any page."""
-    case = Case(process, Model(kv_heads=1, group=2), [Request(4, 9), Request(0, 100)])
+    case = Case(runner, Model(kv_heads=1, group=2), [Request(4, 9), Request(0, 100)])
     rows, totals = [0, 1] * 3, case.totals * 3
     padding = [1] * 70
     case.check([*rows, *padding, 0, 1], [*totals, *padding, *case.totals])
-    shape = (90, 2, 64)
-    output, lse = torch.full(shape, torch.nan), torch.full(shape[:2], torch.nan)
-    lengths = torch.zeros(90, dtype=torch.int32)
-    lengths[77] = 5
-    rows = torch.full((90,), 10**6, dtype=torch.int32)
-    rows[77] = 1
-    case.decode(torch.ones(shape), 0, rows, lengths, 1.0, output, lse)
+    lengths, rows = [0] * 90, [10**6] * 90
+    lengths[77], rows[77] = 5, 1
+    output, _ = case.outputs(rows, lengths)
     seen = output.flatten(1).count_nonzero(dim=1) > 0
     assert seen.nonzero().flatten().tolist() == [77]
-
-
-def test_padding_row(process):
-    """A query of length 0 gives zeros, whatever its row is."""
-    case = Case(process, Model(names=EVERY_FORMAT), [Request(6, 5)])
-    shape = (2, case.model.kv_heads * case.model.group, case.model.head_size)
-    output, lse = torch.full(shape, torch.nan), torch.full(shape[:2], torch.nan)
-    rows, lengths = torch.tensor([10**6, 0]), torch.tensor([0, case.totals[0]])
-    case.decode(torch.ones(shape), 0, rows.int(), lengths.int(), 1.0, output, lse)
-    assert (output[0] == 0).all()
-    assert (lse[0] == -torch.inf).all()
-    assert output[1].isfinite().all()
-
-
-def test_extreme_scales(process):
-    """Scales of V from nothing to the largest in one list, and large scores."""
-    model = Model(names=("i8",), kv_heads=1, layers=1, group=1)
-    case = Case(process, model, [Request(8, 3)])
-    fmt = case.layout.formats.formats[0]
-    for power, block in zip((-126, -60, -9, 0, 9, 60), case.block_table[0, 4:], strict=False):
-        page = case.arena[int(block)].view(torch.uint8).flatten()
-        scales = page[fmt.scales_offset + 2 * fmt.tokens_per_page :][: 2 * fmt.tokens_per_page]
-        scales.view(torch.bfloat16)[:] = 2.0**power
-    case.check([0], case.totals, layer=0)
-
-
-def test_nan_is_not_hidden(process):
-    case = Case(process, Model(), [Request(0, 50)])
-    case.arena[case.block_table[0, 0].long(), 0, 3] = torch.nan
-    shape = (1, case.model.kv_heads * case.model.group, case.model.head_size)
-    output, lse = torch.full(shape, torch.nan), torch.full(shape[:2], torch.nan)
-    lengths = torch.tensor(case.totals, dtype=torch.int32)
-    case.decode(torch.ones(shape), 0, torch.zeros(1).int(), lengths, 1.0, output, lse)
-    assert output[:, : case.model.group].isnan().all()
-    assert not output[:, case.model.group :].isnan().any()

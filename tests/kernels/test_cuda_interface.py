@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cuda_host import process as host
-from leases import Case, Model, Request
 
 from mdkv_vllm.core.formats import FormatSet, PageFormat, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.ops import cuda
+from mdkv_vllm.kernels.cuda.decode import CudaDecode
+from mdkv_vllm.kernels.cuda.library import CudaKernelError, library
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.testing.leases import Case, Model, Request
 
-CPU = torch.device("cpu")
 SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 """KiB of shared memory that a block may have."""
 
@@ -27,7 +28,7 @@ class Arguments:
     """Of a call on a small case; a test changes one."""
 
     query: torch.Tensor
-    arena: torch.Tensor
+    kv_cache: torch.Tensor
     layer: int
     block_table: torch.Tensor
     query_rows: torch.Tensor
@@ -36,7 +37,6 @@ class Arguments:
     output: torch.Tensor
     lse: torch.Tensor | None = None
     recent: torch.Tensor | None = None
-    max_queries: int = 2
 
 
 def arguments(block_size=16):
@@ -55,25 +55,20 @@ def arguments(block_size=16):
     )
 
 
+def setting(layout, group, kv_cache=None, max_queries=1):
+    """Of a model without a calibrated basis."""
+    if kv_cache is None:
+        kv_cache = torch.empty(0)
+    return DecodeSetting(kv_cache, layout, group, None, 1.0, max_queries)
+
+
 def call(layout, group, a):
     """In the process; what was refused."""
     try:
-        tables = cuda.DecodeTables.build(layout, group, None, CPU)
-        workspace = cuda.DecodeWorkspace.allocate(tables.shape, a.max_queries, CPU, 4)
-        requests = (a.block_table, a.query_rows, a.lengths, a.leases)
-        cuda.mixed_decode(
-            a.query,
-            a.arena,
-            a.layer,
-            tables,
-            *requests,
-            1.0,
-            a.output,
-            workspace,
-            a.lse,
-            a.recent,
-        )
-    except cuda.CudaKernelError as error:
+        kernel = CudaDecode(setting(layout, group, a.kv_cache, 2), 4)
+        batch = DecodeBatch(a.block_table, a.query_rows, a.lengths, a.leases)
+        kernel.attend(a.query, a.layer, batch, a.output, a.lse, a.recent)
+    except (CudaKernelError, ValueError) as error:
         return str(error)
     return ""
 
@@ -90,16 +85,15 @@ def test_takes_what_is_right(process):
         ("query", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "last dimension"),
         ("query", lambda x: x.double(), "query, output: torch.float64"),
         ("output", lambda x: x.half(), "expected both"),
-        ("arena", lambda x: x.half(), "arena: torch.float16"),
-        ("arena", lambda x: x[:, :, :8], "arena: torch.bfloat16"),
-        ("arena", lambda x: x[::2], "must be contiguous"),
+        ("kv_cache", lambda x: x.half(), "kv_cache: torch.float16"),
+        ("kv_cache", lambda x: x[:, :, :8], "kv_cache: torch.bfloat16"),
+        ("kv_cache", lambda x: x[::2], "must be contiguous"),
         ("layer", lambda x: 2, "layer: 2; the cache has 2 layers"),
         ("block_table", lambda x: x.long(), "block_table: torch.int64"),
         ("leases", lambda x: x.flatten(), "leases: torch.int32 [4]"),
         ("lengths", lambda x: x[:1], "one for every query"),
-        ("lse", lambda x: torch.empty(6, 2), "lse: torch.float32 [6, 2]"),
+        ("lse", lambda x: torch.empty(2, 5), "lse: torch.float32 [2, 5]"),
         ("recent", lambda x: torch.empty(2, 6, 32), "recent: torch.float32 [2, 6, 32]"),
-        ("max_queries", lambda x: 1, "2 queries; the workspace is for 1"),
     ],
 )
 def test_refuses_arguments(process, field, change, told):
@@ -111,11 +105,10 @@ def test_refuses_arguments(process, field, change, told):
 
 def plan(layout, group, kib):
     """In the process; warps, stages and bytes, or what was refused."""
-    cuda.library().mdkv_host_device(kib << 10)
+    library().mdkv_host_device(kib << 10)
     try:
-        shape = cuda.DecodeTables.build(layout, group, None, CPU).shape
-        found = cuda.DecodeWorkspace.allocate(shape, 1, CPU).plan
-    except cuda.CudaKernelError as error:
+        found = CudaDecode(setting(layout, group)).plan
+    except (CudaKernelError, ValueError) as error:
         return str(error)
     return found.warps, found.stages, found.shared_bytes
 
@@ -133,18 +126,16 @@ def test_stages_fit(process, device, head_size):
 
 def decode_after_another_plan(layout, small, a):
     """In the process: a plan of large pages, one of small pages, then a call by the first."""
-    cuda.library().mdkv_host_device(227 << 10)
-    tables = cuda.DecodeTables.build(layout, 3, None, CPU)
-    workspace = cuda.DecodeWorkspace.allocate(tables.shape, 2, CPU)
-    other = cuda.DecodeWorkspace.allocate(
-        cuda.DecodeTables.build(small, 3, None, CPU).shape, 1, CPU
-    )
+    library().mdkv_host_device(227 << 10)
+    kernel = CudaDecode(setting(layout, 3, a.kv_cache, 2))
+    other = CudaDecode(setting(small, 3))
+    batch = DecodeBatch(a.block_table, a.query_rows, a.lengths, a.leases)
+    refused = ""
     try:
-        requests = (a.block_table, a.query_rows, a.lengths, a.leases)
-        cuda.mixed_decode(a.query, a.arena, 0, tables, *requests, 1.0, a.output, workspace)
-    except cuda.CudaKernelError as error:
-        return str(error), workspace.plan.shared_bytes, other.plan.shared_bytes
-    return "", workspace.plan.shared_bytes, other.plan.shared_bytes
+        kernel.attend(a.query, 0, batch, a.output)
+    except CudaKernelError as error:
+        refused = str(error)
+    return refused, kernel.plan.shared_bytes, other.plan.shared_bytes
 
 
 def test_a_plan_leaves_another_shape_its_shared_memory(process):

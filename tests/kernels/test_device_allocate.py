@@ -137,7 +137,7 @@ def test_earlier_tokens_come_first_among_equals(kernels):
 
 
 def test_too_few_pages_are_refused():
-    from mdkv_vllm.triton_kernels.allocate import allocate
+    from mdkv_vllm.kernels.triton.allocate import allocate
 
     formats = parse_formats(KEEP, GEOMETRY)
     enough = [formats.formats[0].pages(200)] * 3

@@ -9,10 +9,11 @@ import sys
 from dataclasses import asdict, replace
 
 import interpreter
-import leases
 import pytest
 import torch
 from cuda_host import process as host
+
+from mdkv_vllm.testing import leases
 
 pytest.importorskip("triton")
 
@@ -31,9 +32,9 @@ from gpu_kit import (
     rivals,
     sanitize,
 )
-from leases import Model, Request, ragged
 
 from mdkv_vllm.core import reference as specification
+from mdkv_vllm.testing.leases import Model, Request, ragged
 
 pytestmark = pytest.mark.slow
 

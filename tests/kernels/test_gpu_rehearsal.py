@@ -17,21 +17,22 @@ import pytest
 pytest.importorskip("triton")
 
 import gpu_kit
-from gpu.jobs import Ended, Job, run_jobs
-from gpu.stages import Options, check, compress, decode, full, profile, sanitize
 
-BARE = """
-import sys
+from benchmarks.gpu.jobs import Ended, Job, run_jobs
+from benchmarks.gpu.stages import Options, check, compress, decode, full, profile, sanitize
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
+BARE = f"""
+import sys
 
 class Bare:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] == "vllm" or name == "mdkv_vllm._cpu":
-            raise ModuleNotFoundError(f"No module named {name!r}, as on a bare machine")
+            raise ModuleNotFoundError("No module named " + name + ", as on a bare machine")
 
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
-sys.path[:] = [p for p in sys.path if "editable" not in p]
+sys.path[:] = [p for p in sys.path if "editable" not in p and p != {str(gpu_kit.ROOT)!r}]
 sys.meta_path.insert(0, Bare())
 """
 

@@ -12,8 +12,9 @@ from lzma import LZMAFile
 
 import gpu_kit
 import pytest
-from gpu.vllm import bundle, engines, serve
-from gpu.vllm.fatbin import keep_architecture
+
+from benchmarks.gpu.vllm import bundle, engines, serve
+from benchmarks.gpu.vllm.fatbin import keep_architecture
 
 NVCC = shutil.which("nvcc") or next(
     iter(

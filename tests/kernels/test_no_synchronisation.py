@@ -20,9 +20,10 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import PagedTokens
-from mdkv_vllm.triton_kernels.compress import TritonKernels
+from mdkv_vllm.kernels.triton.compress import TritonKernels
 
 DEVICE = torch.device("meta")
 LAYERS, HEADS, GROUP, TOKENS, WINDOW, SIZE = 3, 2, 2, 400, 8, 64
@@ -77,7 +78,7 @@ def compress(names, kernels, by_head=False, mode=None, layers=LAYERS):
     plan = plan_lease(TOKENS, LeaseTerms(16, WINDOW, 64, 0.5, layout.min_blocks, floor))
     basis = Basis(*torch.rand(2, layers, HEADS, SIZE, 16)) if formats.uses_basis else None
     budgets = HeadBudgets(torch.rand(layers, HEADS), 0.67) if by_head else None
-    compressor = Compressor(layout, "hybrid", 0.125, basis, budgets, kernels)
+    compressor = Compressor(layout, LOSSES["hybrid"], 0.125, basis, budgets, kernels)
     arena = torch.empty(40, layers * HEADS, 16, 2 * SIZE, device=DEVICE, dtype=torch.bfloat16)
     tokens = PagedTokens(arena, torch.empty(40, device=DEVICE).int(), TOKENS, HEADS)
     queries = torch.empty(layers, HEADS * GROUP, WINDOW, SIZE, device=DEVICE)

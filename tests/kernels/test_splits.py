@@ -14,8 +14,8 @@ from test_triton_compile import DEFAULT, shape_of
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from mdkv_vllm.triton_kernels.attend import attend_split
-from mdkv_vllm.triton_kernels.splits import (
+from mdkv_vllm.kernels.triton.attend import attend_split
+from mdkv_vllm.kernels.triton.splits import (
     MAX_SPLITS,
     MIN_PAGES,
     MIN_SPLITS,

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 import triton.language as tl
 from compiler import KERNELS, SHARED_LIMIT, compile_kernel
 
-from mdkv_vllm.triton_kernels import pages
-from mdkv_vllm.triton_kernels.codes import field_asm
-from mdkv_vllm.triton_kernels.shapes import DecodeShape, ListShape
+from mdkv_vllm.kernels.triton import pages
+from mdkv_vllm.kernels.triton.codes import field_asm
+from mdkv_vllm.kernels.triton.shapes import DecodeShape, ListShape
 
 pytestmark = pytest.mark.slow
 

@@ -6,8 +6,6 @@ import interpreter
 import pytest
 import torch
 from compress_calls import InterpretedKernels
-from lists import ChosenBefore, assert_nearly_the_same_lists
-from paged import paged
 
 from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.basis import Basis
@@ -16,11 +14,14 @@ from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.core.reference import mixed_decode
-from mdkv_vllm.ops.cpu_compress import CpuKernels
+from mdkv_vllm.kernels.cpu.compress import CpuKernels
+from mdkv_vllm.testing.lists import ChosenBefore, assert_nearly_the_same_lists
+from mdkv_vllm.testing.paged import paged
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,7 @@ def prompt_of(
     if formats.uses_basis:
         square = torch.randn(2, layers, heads, size, size)
         basis = Basis(*torch.linalg.qr(square)[0][..., : formats.basis_rank].contiguous())
-    prompt = Prompt(layout, loss, size**-0.5, basis, paged(cache, 16), queries, span)
+    prompt = Prompt(layout, LOSSES[loss], size**-0.5, basis, paged(cache, 16), queries, span)
     return prompt, cache
 
 
@@ -259,7 +260,7 @@ def test_a_whole_prompt(kernels, names, by_head, most, own_basis):
         basis = Basis(*torch.linalg.qr(square)[0][..., :rank].contiguous())
 
     def compress(which, load):
-        compressor = Compressor(layout, "hybrid", 0.125, basis, by_head, which)
+        compressor = Compressor(layout, LOSSES["hybrid"], 0.125, basis, by_head, which)
         return compressor.compress(load, queries, plan, True)
 
     def in_float(layer):

@@ -7,13 +7,14 @@ import torch
 
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import LOSSES
 
 pytest.importorskip("triton")
 
 import triton
 from compiler import SHARED_LIMIT, compile_signature
 
-from mdkv_vllm.triton_kernels import (
+from mdkv_vllm.kernels.triton import (
     allocate_kernels,
     assign_kernel,
     page_kernels,
@@ -21,7 +22,7 @@ from mdkv_vllm.triton_kernels import (
     place,
     window_kernels,
 )
-from mdkv_vllm.triton_kernels.compress import (
+from mdkv_vllm.kernels.triton.compress import (
     LOSS_TOKENS,
     MAX_TILE_QUERIES,
     NUM_WARPS,
@@ -29,10 +30,10 @@ from mdkv_vllm.triton_kernels.compress import (
     SPLIT_TILE,
     tile_tokens,
 )
-from mdkv_vllm.triton_kernels.loss_kernel import finish_losses
-from mdkv_vllm.triton_kernels.pack import PackShape, pack_list_page
-from mdkv_vllm.triton_kernels.prompt_shape import PromptShape
-from mdkv_vllm.triton_kernels.shapes import padded
+from mdkv_vllm.kernels.triton.loss_kernel import finish_losses
+from mdkv_vllm.kernels.triton.pack import PackShape, pack_list_page
+from mdkv_vllm.kernels.triton.prompt_shape import PromptShape
+from mdkv_vllm.kernels.triton.shapes import padded
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +95,7 @@ def shape_of(names, size, dtype=BF16, loss="hybrid", query_dtype=None, group=4):
     geometry = PageGeometry(16, size, dtype)
     formats = parse_formats(names, geometry)
     layout = LeaseLayout(geometry, formats, 32, 8, 0)
-    return PromptShape(layout, group, query_dtype or dtype, loss, formats.basis_rank)
+    return PromptShape(layout, group, query_dtype or dtype, LOSSES[loss], formats.basis_rank)
 
 
 def scores(kernel, shape, capability, candidate=-1, test=check, **options):
@@ -130,7 +131,7 @@ def test_window(kernel, size, dtype, capability):
         shape_of(("drop", "r16", "r32i8", "full"), 80, FP16, "paper"),
         shape_of(("i2", "i4", "i8"), 96, BF16, "pooled", FP32),
     ],
-    ids=lambda shape: shape.loss,
+    ids=lambda shape: str(shape.loss),
 )
 def test_window_of_other_formats(shape, capability):
     scores(window_kernels.query_log_sums, shape, capability, candidate=1, stack=64)

@@ -20,9 +20,10 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from mdkv_vllm.config import ConfigError
-from mdkv_vllm.ops.cpu import store_kv
-from mdkv_vllm.plugin.prefill import Chunk, tokens_of
+from mdkv_vllm.kernels.cpu.cache import store_kv
+from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
+from mdkv_vllm.plugin.prefill.chunks import tokens_of
 from mdkv_vllm.plugin.prefill.cpu import CpuPrefill
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
 

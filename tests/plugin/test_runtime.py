@@ -12,8 +12,10 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
-from mdkv_vllm.ops.compress import compression_kernels
-from mdkv_vllm.ops.decode import CpuDecode, DecodeSetting
+from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.kernels.cpu.decode import CpuDecode
+from mdkv_vllm.kernels.interface import DecodeSetting
+from mdkv_vllm.kernels.registry import compression_kernels
 from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.recorder import Recorder
 from mdkv_vllm.plugin.metrics.table import COMPRESSED_TOKENS, LEASE_BYTES
@@ -33,12 +35,12 @@ REQUEST = CompressionRequest("a", PROMPT)
 class RefusedKernel:
     """Stands where a kernel would read numbers; looks at shapes alone."""
 
-    def attend(self, query, layer, block_table, query_rows, lengths, leases, output, recent=None):
+    def attend(self, query, layer, batch, output, lse=None, recent=None):
         assert recent is None or (recent.shape == query.shape and recent.is_contiguous())
         assert output.shape == query.shape
-        assert len(query) == len(query_rows) == len(lengths)
-        assert leases.shape[1] == 2
-        assert block_table.shape[0] >= leases.shape[0]
+        assert len(query) == len(batch.query_rows) == len(batch.lengths)
+        assert batch.leases.shape[1] == 2
+        assert batch.block_table.shape[0] >= batch.leases.shape[0]
 
 
 class Worker:
@@ -54,7 +56,7 @@ class Worker:
         setting = DecodeSetting(self.arena, policy.layout, GROUP, None, SIZE**-0.5, 8)
         compressor = Compressor(
             policy.layout,
-            config.loss,
+            LOSSES[config.loss],
             SIZE**-0.5,
             None,
             None,
@@ -196,7 +198,7 @@ def test_a_step_that_graphs_may_replay_keeps_its_queries():
 def test_padding_sees_nothing_and_addresses_stay():
     """A captured batch of 4 rows, then one of 2 requests in the same buffers."""
     worker = Worker(graph_tokens=8)
-    captured = worker.runtime.begin_step(worker.batch([], [], [], padded_to=4)).decode
+    captured = worker.runtime.begin_step(worker.batch([], [], [], padded_to=4)).decode.batch
     assert captured.lengths.tolist() == [0] * 4
     new = [CompressionRequest("b", 40), CompressionRequest("c", 40)]
     with worker.runtime.step(set(), set(), new):
@@ -204,10 +206,10 @@ def test_padding_sees_nothing_and_addresses_stay():
             worker.batch(["b", "c"], [1, 1], [41, 55], padded_to=4)
         )
         outputs = worker.forward(metadata, torch.randn(LAYERS, 4, HEADS * GROUP, SIZE))
-    decode = metadata.decode
+    decode = metadata.decode.batch
     assert decode.lengths.tolist() == [41, 55, 0, 0]
     assert captured.lengths.tolist() == [41, 55, 0, 0]
-    for name in ("rows", "lengths", "leases", "block_table"):
+    for name in ("query_rows", "lengths", "leases", "block_table"):
         assert getattr(captured, name).data_ptr() == getattr(decode, name).data_ptr(), name
     for output in outputs:
         assert output[:2].isfinite().all()
@@ -265,9 +267,9 @@ def test_warm_up_runs_every_kernel_and_leaves_the_cache_alone():
     before = worker.arena.clone()
     seen = []
     attend, compress = worker.runtime._decode.attend, Compressor.compress
-    worker.runtime._decode.attend = lambda *args: (
-        seen.append((len(args[0]), len(args) == 8)),
-        attend(*args),
+    worker.runtime._decode.attend = lambda *args, recent=None: (
+        seen.append((len(args[0]), recent is not None)),
+        attend(*args, recent=recent),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Compressor, "compress", lambda *args: (seen.append(args[3]), compress(*args)))

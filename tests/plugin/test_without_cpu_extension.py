@@ -24,22 +24,22 @@ sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("vllm._C_stable_libtor
 import torch
 
 import mdkv_vllm.core
-import mdkv_vllm.triton_kernels
+import mdkv_vllm.kernels.triton
 
-for package in (mdkv_vllm.core, mdkv_vllm.triton_kernels):
+for package in (mdkv_vllm.core, mdkv_vllm.kernels.triton):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 
 import mdkv_vllm.config
-import mdkv_vllm.ops.cuda
-import mdkv_vllm.ops.autotune
+import mdkv_vllm.kernels.autotune
+import mdkv_vllm.kernels.cuda.decode
 import mdkv_vllm.plugin.backend
 import mdkv_vllm.plugin.cuda_platform
 import mdkv_vllm.plugin.cuda_worker
 import mdkv_vllm.plugin.prefill.choose
 import mdkv_vllm.plugin.prefill.sdpa
 import mdkv_vllm.policy
-from mdkv_vllm.ops.compress import compression_kernels
+from mdkv_vllm.kernels.registry import compression_kernels
 from mdkv_vllm.plugin.arena import load_tokens
 
 compression_kernels("auto", torch.device("cuda"))

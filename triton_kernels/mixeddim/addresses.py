@@ -1,5 +1,8 @@
 """Where a query's request and its pages are."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

@@ -1,8 +1,11 @@
-"""Passes over tokens that :mod:`mdkv_vllm.triton_kernels.allocate` is made of.
+"""Passes over tokens that :mod:`mdkv_vllm.kernels.triton.allocate` is made of.
 
 A row is one KV head of one layer, a pool some rows that share pages. What programs add up together
 are integers, so that a prompt gives the same pages in every run whatever their order.
 """
+
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
 
 from __future__ import annotations
 

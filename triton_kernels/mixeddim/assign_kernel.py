@@ -4,6 +4,9 @@ One program has a row (a KV head of a layer) from the first round to the last, s
 are one launch.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

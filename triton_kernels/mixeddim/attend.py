@@ -13,6 +13,9 @@ back: so program plus list is a different number for every part, and numbers its
 workspace.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

@@ -9,6 +9,9 @@ float16 serves every 16-bit cache: codes are exact in it, and what it multiplies
 (rotated queries, and weights of at most 2). A float32 cache converts codes to float32.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

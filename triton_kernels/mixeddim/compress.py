@@ -87,7 +87,7 @@ class TritonKernels:
         formats: FormatSet,
         budgets: Sequence[Sequence[int]],
     ) -> list[Allocation]:
-        """See :func:`mdkv_vllm.triton_kernels.allocate.allocate`, near the reference's optimum."""
+        """See :func:`mdkv_vllm.kernels.triton.allocate.allocate`, near the reference's optimum."""
         return allocate(losses, formats, budgets)
 
 

@@ -1,5 +1,8 @@
 """Elements of pages: their types, and how float32 becomes one."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import torch

@@ -1,16 +1,18 @@
 """Losses from what queries make of tokens: :func:`mdkv_vllm.core.loss.losses_from_sums`."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from mdkv_vllm.core import loss as specification
+from mdkv_vllm.core import losses as specification
 
 BEFORE = tl.constexpr(specification.POOL_BEFORE)
 AFTER = tl.constexpr(specification.POOL_AFTER)
 AS_IT_IS = tl.constexpr(-2)
-PRIOR = tl.constexpr(specification.PRIOR_WEIGHT)
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def plain_loss(
     else:
         moved = tl.load(sums + (NUMBER + 1) * plane + token, mask=exists, other=0.0)
         error = tl.load(errors + NUMBER * plane + token, mask=exists, other=0.0)
-        if SHAPE.has_prior:
+        if SHAPE.prior > 0:
             moved = moved * (raised / tl.maximum(mass, 1e-30))
         loss = moved * norm + raised * error
     return tl.where(exists, loss, 0.0)
@@ -77,10 +79,10 @@ def finish_losses(
     head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     plane = tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * span
     prior = 0.0
-    if SHAPE.has_prior:
+    if SHAPE.prior > 0:
         for share in tl.range(0, shares):
             prior += tl.load(masses + head * shares + share)
-        prior = PRIOR * prior / span
+        prior = SHAPE.prior * prior / span
     sums += head * span
     norms += head * span
     errors += head * span

@@ -3,6 +3,9 @@
 Parts are in the space of their list. Each space is summed apart and rotated back once.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

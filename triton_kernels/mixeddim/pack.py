@@ -7,6 +7,9 @@ programs without a page end at once.
 Bytes: each kept token's vectors read once, each page written once.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,5 +1,8 @@
 """Whole pages for every list, near what a pool's price says: one program per pool or list."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,8 @@
 """Vectors of a prompt in the paged cache, as they are and in the formats' spaces."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

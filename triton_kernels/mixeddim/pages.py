@@ -5,6 +5,9 @@ the rows' maximum ``[rows]``, sums of weights ``[rows]``, and weighted values ``
 where rows are the query heads of the group, padded for the matrix units.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

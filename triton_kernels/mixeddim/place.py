@@ -1,5 +1,8 @@
 """Which tokens are in which list, and where the lists' pages start: counts and scans, no sort."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from mdkv_vllm.core.formats import PageFormat, PageGeometry, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import Loss
 from mdkv_vllm.core.quantise import _GAUSSIAN_STEP
 
 from .elements import element_type
@@ -147,14 +148,14 @@ class PromptShape(KernelConstant):
         layout: of leases.
         group: query heads per KV head.
         query_dtype: of window queries.
-        loss: one of :data:`mdkv_vllm.core.loss.LOSSES`.
+        loss: what tokens cost.
         basis_rank: directions of the basis; 0 for none.
     """
 
     layout: LeaseLayout
     group: int
     query_dtype: torch.dtype
-    loss: str
+    loss: Loss
     basis_rank: int
 
     @property
@@ -241,21 +242,19 @@ class PromptShape(KernelConstant):
     @property
     def together(self) -> bool:
         """Whether probabilities change as though all tokens took the format."""
-        return self.loss == "paper"
+        return self.loss.joint
 
     @property
-    def has_prior(self) -> bool:
-        """Whether tokens are expected to be looked at later."""
-        return self.loss == "hybrid"
+    def prior(self) -> float:
+        """Attention that tokens are expected to get later."""
+        return self.loss.prior
 
     @property
     def pooled_weight(self) -> float:
         """Weight of the pooled loss."""
-        from mdkv_vllm.core.loss import HYBRID_WEIGHT
-
-        return {"pooled": 1.0, "hybrid": HYBRID_WEIGHT}.get(self.loss, 0.0)
+        return self.loss.pooled
 
     @property
     def own_weight(self) -> float:
         """Weight of a token's own loss."""
-        return 0.0 if self.loss == "pooled" else 1.0
+        return self.loss.own

@@ -4,6 +4,9 @@ Divisions and roots are rounded as IEEE 754 has it, not approximated as GPUs do 
 are the reference's, but where sums in another order move a vector's scale.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

@@ -1,5 +1,8 @@
 """Into the spaces of the formats and back: Hadamard transform and principal bases."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,9 @@ next digit of all that start with the digits found so far: sixteen counters of f
 per position of a tile, emptied before they overflow.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

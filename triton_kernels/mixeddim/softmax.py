@@ -5,6 +5,9 @@ Scores are base-2 logarithms. Weights are kept per column and summed once at the
 a tile costs one reduction over tokens, not two.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

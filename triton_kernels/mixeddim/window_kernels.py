@@ -5,6 +5,9 @@ token's codes then go from registers that made them into the next product. Every
 one layer and head, told by its last index; a group of layers is one grid.
 """
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton

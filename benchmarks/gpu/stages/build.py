@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mdkv_vllm.ops import cuda
+from mdkv_vllm.kernels.cuda import library as cuda
 
 from ..jobs import Job, Row
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 
 import torch
-from leases import Model, Request
+
+from mdkv_vllm.testing.leases import Model, Request
 
 from .. import check as checks
 from .. import compress_check, locate

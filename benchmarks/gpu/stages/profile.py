@@ -30,7 +30,7 @@ def call(kernel: str, load: Load, holding: Holding) -> None:
     """What runs under the profiler."""
     generator = torch.Generator(device().where).manual_seed(0)
     inputs = build(load, holding, 1, device().where, generator)
-    made = Call(inputs, device().where, kernel_named(kernel))
+    made = Call(inputs, kernel_named(kernel))
     for _ in range(WARM_UP + 1):
         made.step(0)
         device().synchronize()
@@ -39,7 +39,8 @@ def call(kernel: str, load: Load, holding: Holding) -> None:
 def profiled(kernel: str, load: Load, holding: Holding) -> Iterator[Row]:
     """Profile one call of a kernel; a row for each of its launches."""
     statement = (
-        "import torch; from gpu.stages.profile import call; from gpu.loads import *; "
+        "import torch; from benchmarks.gpu.loads import *; "
+        "from benchmarks.gpu.stages.profile import call; "
         f"call({kernel!r}, {load!r}, {holding!r})"
     )
     generator = torch.Generator(device().where).manual_seed(0)

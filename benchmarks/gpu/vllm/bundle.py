@@ -19,12 +19,12 @@ import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[0] = str(ROOT)
 
-from gpu.vllm.fatbin import keep_architecture  # noqa: E402
+from benchmarks.gpu.vllm.fatbin import keep_architecture  # noqa: E402
 from mdkv_vllm import __version__  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[3]
 VLLM = "vllm==0.32.0"
 LIMIT = 60 << 20
 """Bytes of the folder: 64 MiB may travel, the project's own files among them."""
@@ -190,7 +190,7 @@ def pack_project(path: Path) -> Path:
             if source.is_file() and source.suffix in (".py", ".html", ".js"):
                 _add(tar, str(source.relative_to(ROOT)), source.read_bytes())
         for source in sorted((ROOT / "triton_kernels" / "mixeddim").glob("*.py")):
-            _add(tar, f"mdkv_vllm/triton_kernels/{source.name}", source.read_bytes())
+            _add(tar, f"mdkv_vllm/kernels/triton/{source.name}", source.read_bytes())
         _add(tar, "mdkv_vllm/libmdkv_cuda.so", library.read_bytes())
         for name, content in metadata().items():
             _add(tar, f"mdkv_vllm-{__version__}.dist-info/{name}", content.encode())

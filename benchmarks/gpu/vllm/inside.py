@@ -70,8 +70,8 @@ def configurations() -> str:
     """Of every engine of serve.py; none says that something is not supported."""
     from vllm import EngineArgs
 
-    from gpu.vllm.engines import H100, options_of
-    from gpu.vllm.serve import engines
+    from benchmarks.gpu.vllm.engines import H100, options_of
+    from benchmarks.gpu.vllm.serve import engines
 
     model = Path(tempfile.mkdtemp(prefix="model-"))
     told = []
@@ -92,8 +92,8 @@ def imports() -> str:
         "mdkv_vllm.plugin.backend",
         "mdkv_vllm.plugin.cuda_worker",
         "mdkv_vllm.plugin.prefill.flash",
-        "mdkv_vllm.triton_kernels.mixed_decode",
-        "mdkv_vllm.triton_kernels.compress",
+        "mdkv_vllm.kernels.triton.decode",
+        "mdkv_vllm.kernels.triton.compress",
     )
     for name in names:
         importlib.import_module(name)
@@ -102,7 +102,7 @@ def imports() -> str:
 
 def kernels() -> str:
     """The CUDA library of the bundle has this package's interface."""
-    from mdkv_vllm.ops import cuda
+    from mdkv_vllm.kernels.cuda import library as cuda
 
     cuda.library()
     return f"interface {cuda.ABI}"
@@ -112,8 +112,8 @@ def flash_attention() -> str:
     """The kit's calls of FlashAttention 3 have the arguments of its operations."""
     import torch
 
-    from gpu.loads import LLAMA, Load
-    from gpu.rivals import FLASH_ATTENTION_3, FullCache, vllm_flash_attention_3
+    from benchmarks.gpu.loads import LLAMA, Load
+    from benchmarks.gpu.rivals import FLASH_ATTENTION_3, FullCache, vllm_flash_attention_3
 
     path = importlib.import_module("vllm.vllm_flash_attn._vllm_fa3_C").__file__
     assert path is not None

@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PLACES = Path(__file__).resolve().parents[2]
-sys.path[0] = str(PLACES)
+ROOT = Path(__file__).resolve().parents[3]
+sys.path[0] = str(ROOT)
 
 SECONDS = 120
 """Of an engine."""
@@ -52,8 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     site = Path(tempfile.mkdtemp(prefix="site-")) if options.bundle else None
     if site is not None:
         unpack(options.bundle, site)
-        sys.path.append(str(site))
-    places = [str(PLACES), *([str(site)] if site else []), os.environ.get("PYTHONPATH", "")]
+        # The bundle's package has the CUDA kernels, the checkout's may not.
+        sys.path[:] = [*sys.path[1:], str(site), str(ROOT)]
+    places = [*([str(site)] if site else []), str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ |= ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     print(f"unpacked in {time.monotonic() - began:.0f} s", flush=True)
     return _run(options, began + options.deadline)
@@ -79,7 +80,7 @@ def unpack(bundle: Path, site: Path, python: str = sys.executable) -> None:
 
 def engines(rehearse: bool) -> list[Any]:
     """Those to run, in order of worth; stock's answers are what others are compared with."""
-    from gpu.vllm.engines import Engine
+    from benchmarks.gpu.vllm.engines import Engine
 
     def ours(budget: float, **more: Any) -> dict[str, Any]:  # noqa: ANN401
         settings = {"mixeddim": {"budget": budget, "heads": "even"}}
@@ -106,9 +107,9 @@ def engines(rehearse: bool) -> list[Any]:
 
 
 def _run(options: argparse.Namespace, deadline: float) -> int:
-    from gpu.jobs import Ended, Job, run_jobs
-    from gpu.record import Record
-    from gpu.vllm.engines import H100, REHEARSED, run
+    from benchmarks.gpu.jobs import Ended, Job, run_jobs
+    from benchmarks.gpu.record import Record
+    from benchmarks.gpu.vllm.engines import H100, REHEARSED, run
 
     sizes = REHEARSED if options.rehearse else H100
     chosen = [

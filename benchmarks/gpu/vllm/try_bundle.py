@@ -21,10 +21,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+sys.path[0] = str(Path(__file__).resolve().parents[3])
 
-from gpu.vllm.bundle import EXTENSIONS, ROOT, WHEELS  # noqa: E402
-from gpu.vllm.serve import ENVIRONMENT, PLACES, unpack  # noqa: E402
+from benchmarks.gpu.vllm.bundle import EXTENSIONS, ROOT, WHEELS  # noqa: E402
+from benchmarks.gpu.vllm.serve import ENVIRONMENT, unpack  # noqa: E402
 
 MACHINE = ("torch==2.11.0", "triton==3.6.0")
 """What the GPU machine has."""
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         unpack(options.bundle, site, python)
         stub_driver(site, Path(folder))
         environment = os.environ | ENVIRONMENT
-        environment["PYTHONPATH"] = os.pathsep.join((str(PLACES), str(site)))
+        environment["PYTHONPATH"] = os.pathsep.join((str(site), str(ROOT)))
         environment["LD_LIBRARY_PATH"] = folder
         inside = Path(__file__).with_name("inside.py")
         return subprocess.run([python, inside, *EXTENSIONS], env=environment).returncode

@@ -12,12 +12,13 @@ from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
 from mdkv_vllm.core.formats import PageGeometry, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
 from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, full_cache
 from mdkv_vllm.eval.model import EvalModel
-from mdkv_vllm.ops.cpu_compress import CpuKernels
+from mdkv_vllm.kernels.cpu.compress import CpuKernels
 from mdkv_vllm.policy import Policy
 
 
@@ -47,7 +48,9 @@ class MixedDim:
         basis = self._basis(model, policy)
         sizes = (model.num_layers, model.num_kv_heads)
         heads = load_head_budgets(config, str(model.folder), sizes)
-        compressor = Compressor(policy.layout, config.loss, model.scale, basis, heads, CpuKernels())
+        compressor = Compressor(
+            policy.layout, LOSSES[config.loss], model.scale, basis, heads, CpuKernels()
+        )
         result = compressor.compress(
             lambda layer: (prefill.keys[layer].float(), prefill.values[layer].float()),
             prefill.queries[:, :, -config.window :].float(),

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from mdkv_vllm.config import ConfigError
-from mdkv_vllm.plugin.prefill import PrefillAttention
+from mdkv_vllm.kernels.interface import PrefillAttention
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
 
 Reason = str | None

@@ -13,25 +13,25 @@ from dataclasses import dataclass, field
 import torch
 from vllm import _custom_ops as vllm_ops
 
+from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.compat import attention_isa
-from mdkv_vllm.plugin.prefill import Chunk
 
 SCRATCH_BLOCK = 128
 """Tokens per scratch block, the stock backend's own block size."""
 
 
 class CpuPrefill:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`, one request after the other."""
+    """:class:`mdkv_vllm.kernels.interface.PrefillAttention`, one request after the other."""
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> CpuStep:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillAttention`."""
         return CpuStep([_ScratchChunk(chunk, block_table[chunk.row]) for chunk in chunks])
 
 
 @dataclass(frozen=True)
 class CpuStep:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+    """:class:`mdkv_vllm.kernels.interface.PrefillStep`.
 
     Attributes:
         chunks: the step's chunks.
@@ -48,7 +48,7 @@ class CpuStep:
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`."""
         for chunk in self.chunks:
             chunk.attend(query, key, value, kv_cache, scale, output)
 
@@ -70,7 +70,7 @@ class _ScratchChunk:
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`.
 
         The chunk's own keys and values are first rounded to the cache's type: what a token
         sees must not depend on how its prompt was cut into chunks.

@@ -11,11 +11,12 @@ from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from mdkv_vllm.plugin.prefill import Chunk, on_device, tokens_of
+from mdkv_vllm.kernels.interface import Chunk
+from mdkv_vllm.plugin.prefill.chunks import on_device, tokens_of
 
 
 class FlashPrefill:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`: all chunks in one call.
+    """:class:`mdkv_vllm.kernels.interface.PrefillAttention`: all chunks in one call.
 
     Args:
         head_size: dimensions of a head, by which vLLM picks FlashAttention's version.
@@ -25,7 +26,7 @@ class FlashPrefill:
         self._version = get_flash_attn_version(head_size=head_size)
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> FlashStep:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillAttention`."""
         device = block_table.device
 
         def integers(numbers: Sequence[int]) -> torch.Tensor:
@@ -44,7 +45,7 @@ class FlashPrefill:
 
 @dataclass(frozen=True)
 class FlashStep:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+    """:class:`mdkv_vllm.kernels.interface.PrefillStep`.
 
     Attributes:
         tokens: the chunks' tokens in the batch.
@@ -73,7 +74,7 @@ class FlashStep:
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`."""
         head_size = query.shape[-1]
         # FlashAttention's TMA loads take no odd strides, not even of dimensions of size 1.
         keys, values = (

@@ -10,24 +10,24 @@ from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.arena import load_tokens
-from mdkv_vllm.plugin.prefill import Chunk
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that torch may write out at a time, where it has no kernel that writes none."""
 
 
 class SdpaPrefill:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`, one request after the other."""
+    """:class:`mdkv_vllm.kernels.interface.PrefillAttention`, one request after the other."""
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> SdpaStep:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillAttention`."""
         return SdpaStep(tuple(chunks), block_table)
 
 
 @dataclass(frozen=True)
 class SdpaStep:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+    """:class:`mdkv_vllm.kernels.interface.PrefillStep`.
 
     Attributes:
         chunks: the step's chunks.
@@ -46,7 +46,7 @@ class SdpaStep:
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`."""
         for chunk in self.chunks:
             keys, values = load_tokens(
                 kv_cache, self.block_table[chunk.row], chunk.total, query.dtype

@@ -9,15 +9,16 @@ import torch
 from xformers.ops import memory_efficient_attention_forward
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
 
+from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.arena import load_tokens
-from mdkv_vllm.plugin.prefill import Chunk, tokens_of
+from mdkv_vllm.plugin.prefill.chunks import tokens_of
 
 
 class XformersPrefill:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillAttention`: all chunks in one call."""
+    """:class:`mdkv_vllm.kernels.interface.PrefillAttention`: all chunks in one call."""
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> XformersStep:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillAttention`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillAttention`."""
         mask = BlockDiagonalCausalFromBottomRightMask.from_seqlens(
             [chunk.tokens for chunk in chunks],
             [chunk.total for chunk in chunks],
@@ -29,7 +30,7 @@ class XformersPrefill:
 
 @dataclass(frozen=True)
 class XformersStep:
-    """:class:`mdkv_vllm.plugin.prefill.PrefillStep`.
+    """:class:`mdkv_vllm.kernels.interface.PrefillStep`.
 
     Attributes:
         chunks: the step's chunks.
@@ -52,7 +53,7 @@ class XformersStep:
         scale: float,
         output: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.plugin.prefill.PrefillStep`."""
+        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`."""
         heads = kv_cache.shape[1]
         group = query.shape[1] // heads
         loaded = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mdkv_vllm.plugin.prefill import PrefillStep
+from mdkv_vllm.kernels.interface import DecodeBatch, PrefillStep
 
 
 @dataclass(frozen=True)
@@ -16,17 +16,11 @@ class Decode:
 
     Attributes:
         tokens: int64 ``[queries]`` positions in the batch's query tensor, or a slice.
-        rows: int32 ``[queries]`` block-table row of each.
-        lengths: int32 ``[queries]`` keys each may see; 0 for padding.
-        leases: int32 ``[rows, 2]`` first lease block and tail block; 0, 0 for none.
-        block_table: int32 ``[rows, max_blocks]``.
+        batch: what each of them attends to.
     """
 
     tokens: torch.Tensor | slice
-    rows: torch.Tensor
-    lengths: torch.Tensor
-    leases: torch.Tensor
-    block_table: torch.Tensor
+    batch: DecodeBatch
 
 
 @dataclass(frozen=True)
@@ -88,9 +82,20 @@ class StepBuffers:
         self._pinned = device.type == "cuda"
 
     def load(
-        self, rows: Sequence[int], lengths: Sequence[int], leases: Sequence[tuple[int, int]]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Copy a step's numbers: int32 ``[queries]``, ``[queries]`` and ``[rows, 2]``."""
+        self,
+        block_table: torch.Tensor,
+        rows: Sequence[int],
+        lengths: Sequence[int],
+        leases: Sequence[tuple[int, int]],
+    ) -> DecodeBatch:
+        """A batch of a step's numbers.
+
+        Args:
+            block_table: int32 ``[rows, max_blocks]``, on the device.
+            rows: of each query.
+            lengths: keys that each query sees; 0 for padding.
+            leases: of each row, first lease block and tail block; 0, 0 for none.
+        """
         loaded = []
         for buffer, numbers in (
             (self._rows, rows),
@@ -99,4 +104,4 @@ class StepBuffers:
         ):
             host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self._pinned)
             loaded.append(buffer[: len(numbers)].copy_(host, non_blocking=True))
-        return loaded[0], loaded[1], loaded[2]
+        return DecodeBatch(block_table, *loaded)

@@ -11,9 +11,8 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.ops.decode import DecodeKernel
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, PrefillAttention
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
-from mdkv_vllm.plugin.prefill import PrefillAttention
 from mdkv_vllm.plugin.rows import BatchOrder
 from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
 from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
@@ -178,16 +177,7 @@ class Runtime:
         result = output[decode.tokens] if in_place else torch.empty_like(rows)
         # A step whose queries are kept is one of single tokens, so all of them are decoded.
         recent = self._window.recent(layer, metadata.recent)
-        self._decode.attend(
-            rows,
-            layer,
-            decode.block_table,
-            decode.rows,
-            decode.lengths,
-            decode.leases,
-            result,
-            recent,
-        )
+        self._decode.attend(rows, layer, decode.batch, result, recent=recent)
         if not in_place:
             output[decode.tokens] = result
 
@@ -202,12 +192,13 @@ class Runtime:
             nothing = torch.zeros(queries, dtype=torch.int32, device=device)
             query = torch.zeros(queries, *self._query_shape, dtype=self._query_dtype, device=device)
             leases = torch.zeros(queries, 2, dtype=torch.int32, device=device)
+            batch = DecodeBatch(leases, nothing, nothing, leases)
             output = torch.empty_like(query)
             # Steps that graphs may replay keep their queries, others do not.
-            self._decode.attend(query, 0, leases, nothing, nothing, leases, output)
+            self._decode.attend(query, 0, batch, output)
             if queries <= self._window.graph_tokens:
                 kept = self._window.recent(0, queries)
-                self._decode.attend(query, 0, leases, nothing, nothing, leases, output, kept)
+                self._decode.attend(query, 0, batch, output, recent=kept)
             queries *= 2
         window = torch.randn(self._window.shape, dtype=self._window.dtype, device=device)
         self._runner.warm_up(prompt_tokens, window)

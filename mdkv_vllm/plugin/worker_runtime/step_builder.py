@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from mdkv_vllm.plugin.prefill import Chunk, PrefillAttention, on_device
+from mdkv_vllm.kernels.interface import Chunk, PrefillAttention
+from mdkv_vllm.plugin.prefill.chunks import on_device
 from mdkv_vllm.plugin.rows import BatchOrder
 from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
 from mdkv_vllm.plugin.worker_runtime.metadata import Decode, MixedDimMetadata, StepBuffers
@@ -98,9 +99,10 @@ class StepBuilder:
         if step.single:
             step.pad()
         if step.tokens:
-            loaded = self._buffers.load(step.token_rows, step.token_lengths, step.leases)
-            where = step.where(self._device)
-            step.metadata.decode = Decode(where, *loaded, batch.block_table_tensor)
+            loaded = self._buffers.load(
+                batch.block_table_tensor, step.token_rows, step.token_lengths, step.leases
+            )
+            step.metadata.decode = Decode(step.where(self._device), loaded)
         if step.chunks:
             table = batch.block_table_tensor
             step.metadata.prefill = self._prefill.prepare(step.chunks, table)

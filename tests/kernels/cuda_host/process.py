@@ -31,25 +31,7 @@ def start(library: Path) -> ProcessPoolExecutor:
 
 def configure(arena: torch.Tensor | None, order: str) -> None:
     """Set the order of the next calls, and where they may copy from."""
-    from mdkv_vllm.ops.cuda import library
+    from mdkv_vllm.kernels.cuda.library import library
 
     begin, size = (0, 0) if arena is None else (arena.data_ptr(), arena.nbytes)
     library().mdkv_host_configure(*ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size))
-
-
-def decode(
-    layout, group, basis, programs, order, query, arena, layer, requests, scale, output, lse
-):
-    """Run ``mixed_decode`` with a poisoned workspace, in the process.
-
-    Returns outputs, lse, arena and the queries that it kept.
-    """
-    from mdkv_vllm.ops import cuda
-
-    tables = cuda.DecodeTables.build(layout, group, basis, arena.device)
-    workspace = cuda.DecodeWorkspace.allocate(tables.shape, len(query), arena.device, programs)
-    workspace.memory.fill_(0xFF)
-    configure(arena, order)
-    recent = torch.full(query.shape, torch.nan, dtype=query.dtype)
-    cuda.mixed_decode(query, arena, layer, tables, *requests, scale, output, workspace, lse, recent)
-    return output, lse, arena, recent

@@ -8,7 +8,7 @@ from mdkv_vllm.core import reference
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import PageFormat, PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.packing import _pack_rows, pack_list
+from mdkv_vllm.core.packing import pack_list, pack_rows
 
 POISON = 0xFF
 """Fills what no kernel may use; a NaN in every element type and in every scale."""
@@ -16,7 +16,19 @@ POISON = 0xFF
 
 @dataclass
 class Model:
-    """Sizes of a test model."""
+    """Sizes of a test model.
+
+    Attributes:
+        names: formats beside those of the tail.
+        head_size: dimensions of a head.
+        group: query heads per KV head.
+        kv_heads: KV heads per layer.
+        layers: layers.
+        block_size: tokens of a block.
+        dtype: of the cache.
+        query_dtype: of queries and outputs.
+        prompt_basis_rank: directions of each prompt's own basis; 0 for a calibrated one.
+    """
 
     names: tuple[str, ...] = ("i4", "i8", "full")
     head_size: int = 64
@@ -29,6 +41,7 @@ class Model:
     prompt_basis_rank: int = 0
 
     def layout(self) -> LeaseLayout:
+        """What its leases look like."""
         geometry = PageGeometry(self.block_size, self.head_size, self.dtype)
         formats = parse_formats(self.names, geometry)
         return LeaseLayout(geometry, formats, self.layers, self.kv_heads, self.prompt_basis_rank)
@@ -54,7 +67,7 @@ class Case:
     lse_error = 2e-4
     """Largest absolute error of a log-sum-exp."""
 
-    def __init__(self, model: Model, requests: list[Request], seed: int = 0):
+    def __init__(self, model: Model, requests: list[Request], seed: int = 0) -> None:
         self.model, self.layout = model, model.layout()
         self.gen = torch.Generator().manual_seed(seed)
         rank = self.layout.formats.basis_rank
@@ -77,14 +90,16 @@ class Case:
         free = torch.randperm(num_blocks, generator=self.gen).tolist()
         self.block_table = torch.full((len(requests), max([*entries, 1])), -1, dtype=torch.int32)
         self.leases = torch.zeros(len(requests), 2, dtype=torch.int32)
-        self.totals = []
+        self.totals: list[int] = []
         for row, request in enumerate(requests):
             self.add_request(row, request, free)
 
     def randn(self, *shape: int) -> torch.Tensor:
+        """Random numbers of this case."""
         return torch.randn(*shape, generator=self.gen)
 
     def add_request(self, row: int, request: Request, free: list[int]) -> None:
+        """Write a request into some of the free blocks."""
         model = self.model
         first = request.freed_blocks if request.lease_blocks else 0
         tail = first + request.lease_blocks
@@ -101,6 +116,7 @@ class Case:
             self.fill_lease(taken[: request.lease_blocks], request.fill)
 
     def fill_lease(self, blocks: list[int], fill: float) -> None:
+        """Write random lists, and what describes them, into the blocks of a lease."""
         layout = self.layout
         pages = torch.full(
             (len(blocks) * layout.pages_per_block, layout.geometry.page_bytes),
@@ -142,6 +158,7 @@ class Case:
         return ((page_counts - last).clamp_min(0) * capacity).ceil().long()
 
     def write_prompt_basis(self, pages: torch.Tensor) -> None:
+        """Write a random orthonormal basis for every layer and head."""
         layout, model = self.layout, self.model
         per_head, rank = layout.basis_pages_per_head, layout.prompt_basis_rank
         for pair in range(layout.pages_per_block):
@@ -225,7 +242,7 @@ def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: Pa
     if fmt.quantised:
         bits = unused * (2**fmt.bits - 1)
         by_dimension = bits.expand(1, fmt.rank, -1).to(torch.uint8)
-        sections[0] |= _pack_rows(by_dimension, fmt).flatten()
+        sections[0] |= pack_rows(by_dimension, fmt).flatten()
         scales = page[fmt.scales_offset :][: 4 * fmt.tokens_per_page]
         scales.view(2, fmt.tokens_per_page, 2)[:, unused] = POISON
     else:
@@ -237,6 +254,7 @@ def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: Pa
 
 
 def ragged(lease_blocks: int) -> list[Request]:
+    """Requests of many lengths, with leases of about so many blocks or without."""
     return [
         Request(lease_blocks, 37),
         Request(0, 70),

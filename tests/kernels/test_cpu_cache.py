@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mdkv_vllm.ops import cpu
+from mdkv_vllm.kernels.cpu.cache import load_kv, store_kv
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -39,7 +39,7 @@ def test_store(dtype: torch.dtype, cache_dtype: torch.dtype, tokens: int, head_s
             expected[block, heads : 2 * heads, offset] = torch.cat((key[t], value[t]), -1).to(
                 cache_dtype
             )
-    cpu.store_kv(key, value, view, slots)
+    store_kv(key, value, view, slots)
     torch.testing.assert_close(arena, expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -53,7 +53,7 @@ def test_rounds_like_torch(dtype: torch.dtype):
     rows = torch.cat((bits.view(torch.float32), ties.view(torch.float32), special.repeat(64)))
     key = rows.view(-1, 1, 64)
     _, view = layer_view(dtype, key.shape[0] // 16 + 1, 1, 16, 64)
-    cpu.store_kv(key, key, view, torch.arange(key.shape[0]))
+    store_kv(key, key, view, torch.arange(key.shape[0]))
     stored = view.flatten(1, 2).reshape(-1, 128)[: key.shape[0], :64].flatten()
     torch.testing.assert_close(stored, rows.to(dtype), rtol=0, atol=0, equal_nan=True)
 
@@ -70,7 +70,7 @@ def test_load(dtype: torch.dtype, cache_dtype: torch.dtype, index_dtype: torch.d
     ids = torch.randperm(blocks)[:5].to(index_dtype)
     keys = torch.full((heads, tokens, head_size), torch.nan, dtype=dtype)
     values = torch.full((heads, tokens + 2, head_size), torch.nan, dtype=dtype)[:, 2:]
-    cpu.load_kv(view, ids, tokens, keys, values)
+    load_kv(view, ids, tokens, keys, values)
     gathered = view[ids.long()].transpose(0, 1).flatten(1, 2)[:, :tokens].to(dtype)
     assert torch.equal(keys, gathered[..., :head_size])
     assert torch.equal(values, gathered[..., head_size:])
@@ -83,7 +83,7 @@ def test_loads_every_value(dtype: torch.dtype):
     cache = every.view(-1, 1, 16, 64)
     tokens = cache.shape[0] * 16
     keys, values = torch.empty(1, tokens, 32), torch.empty(1, tokens, 32)
-    cpu.load_kv(cache, torch.arange(cache.shape[0]), tokens, keys, values)
+    load_kv(cache, torch.arange(cache.shape[0]), tokens, keys, values)
     both = torch.cat((keys, values), -1).flatten()
     torch.testing.assert_close(both, every.float(), rtol=0, atol=0, equal_nan=True)
 
@@ -92,17 +92,17 @@ def test_wrong_arguments_are_named():
     _, view = layer_view(torch.float32, 2, 2, 16, 64)
     rows, slots = torch.zeros(1, 2, 64), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="key: "):
-        cpu.store_kv(rows[:, :1], rows, view, slots)
+        store_kv(rows[:, :1], rows, view, slots)
     with pytest.raises(RuntimeError, match="value: "):
-        cpu.store_kv(rows, rows.half(), view, slots)
+        store_kv(rows, rows.half(), view, slots)
     with pytest.raises(RuntimeError, match="slot_mapping: "):
-        cpu.store_kv(rows, rows, view, slots.int())
+        store_kv(rows, rows, view, slots.int())
     with pytest.raises(RuntimeError, match="slot_mapping: slot 32 of 32"):
-        cpu.store_kv(rows, rows, view, slots + 32)
+        store_kv(rows, rows, view, slots + 32)
     out = torch.zeros(2, 4, 64)
     with pytest.raises(RuntimeError, match="num_tokens: "):
-        cpu.load_kv(view, slots, 17, out, out)
+        load_kv(view, slots, 17, out, out)
     with pytest.raises(RuntimeError, match="keys: "):
-        cpu.load_kv(view, slots, 5, out, out)
+        load_kv(view, slots, 5, out, out)
     with pytest.raises(RuntimeError, match="block_ids: block 2 of 2"):
-        cpu.load_kv(view, slots + 2, 4, out, out)
+        load_kv(view, slots + 2, 4, out, out)

@@ -11,8 +11,9 @@ from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.layers import LayerGroup
 from mdkv_vllm.core.loss import Candidate
+from mdkv_vllm.core.losses import Loss
 from mdkv_vllm.core.prompt import Prompt
-from mdkv_vllm.ops.cpu import format_table  # its import also registers the operators
+from mdkv_vllm.kernels.cpu.formats import format_table
 
 
 class CpuKernels:
@@ -45,7 +46,7 @@ class CpuKernels:
         candidates: Sequence[Candidate],
         span: int,
         scale: float,
-        variant: str,
+        loss: Loss,
     ) -> torch.Tensor:
         """See :class:`mdkv_vllm.core.kernels.LayerKernels`; writes out no score matrix."""
         return torch.ops.mdkv.loss_sums(
@@ -56,7 +57,7 @@ class CpuKernels:
             span,
             queries.shape[2],
             scale,
-            variant == "paper",
+            loss.joint,
         )
 
     def allocate(

@@ -5,7 +5,7 @@ import torch
 
 from mdkv_vllm.core.formats import PageFormat, PageGeometry, parse_format
 from mdkv_vllm.core.packing import pack_list, unpack_list
-from mdkv_vllm.ops import cpu
+from mdkv_vllm.kernels.cpu.formats import pack_pages
 
 NAMES = ["r16", "r4", "r32i8", "i8", "i4", "i2", "r12i2", "full"]
 GEOMETRIES = [
@@ -26,7 +26,7 @@ def pack(
     """Pack lists with the kernel into poisoned pages; one tensor of pages per list."""
     per_list = [fmt.pages(count) for count in counts]
     pages = torch.full((sum(per_list), geometry.page_bytes), 0xFF, dtype=torch.uint8)
-    cpu.pack_pages(keys, values, torch.tensor(counts, dtype=torch.int32), fmt, geometry, pages)
+    pack_pages(keys, values, torch.tensor(counts, dtype=torch.int32), fmt, geometry, pages)
     return list(pages.split(per_list))
 
 
@@ -73,10 +73,10 @@ def test_wrong_arguments_are_named():
     rows, counts = torch.zeros(1, 40, 64), torch.tensor([40], dtype=torch.int32)
     pages = torch.zeros(2, geometry.page_bytes, dtype=torch.uint8)
     with pytest.raises(RuntimeError, match="keys: "):
-        cpu.pack_pages(rows.double(), rows, counts, fmt, geometry, pages)
+        pack_pages(rows.double(), rows, counts, fmt, geometry, pages)
     with pytest.raises(RuntimeError, match="values: "):
-        cpu.pack_pages(rows, rows[:, :3].contiguous(), counts, fmt, geometry, pages)
+        pack_pages(rows, rows[:, :3].contiguous(), counts, fmt, geometry, pages)
     with pytest.raises(RuntimeError, match="counts: "):
-        cpu.pack_pages(rows, rows, counts + 1, fmt, geometry, pages)
+        pack_pages(rows, rows, counts + 1, fmt, geometry, pages)
     with pytest.raises(RuntimeError, match="pages: "):
-        cpu.pack_pages(rows, rows, counts, fmt, geometry, pages[:1])
+        pack_pages(rows, rows, counts, fmt, geometry, pages[:1])

@@ -13,7 +13,7 @@ import torch
 
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.ops.decode import DecodeKernel, DecodeSetting, MakeDecode
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, DecodeSetting, MakeDecode
 
 REQUESTS = 32
 BYTES = 128 << 20
@@ -44,19 +44,18 @@ class Trial:
         lease = max(lease_bytes // REQUESTS // per_block, self.layout.min_blocks + lists)
         held = lease + TAIL_BLOCKS
         shape = (REQUESTS * held, heads, geometry.block_size, 2 * geometry.head_size)
-        self.arena = torch.zeros(shape, dtype=geometry.dtype, device=device)
+        self.kv_cache = torch.zeros(shape, dtype=geometry.dtype, device=device)
         pages = self.layout.list_pages(lease) // (heads * lists)
         capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
         table = self.layout.page_table((pages * capacity).expand(1, heads, lists))
         raw = table.contiguous().view(torch.uint8).flatten().to(device)
-        blocks = self.arena.view(torch.uint8).view(REQUESTS, -1)
+        blocks = self.kv_cache.view(torch.uint8).view(REQUESTS, -1)
         blocks[:, : raw.numel()] = raw
-        self.block_table = torch.arange(shape[0], dtype=torch.int32, device=device).view(
-            REQUESTS, held
-        )
-        self.rows = torch.arange(REQUESTS, dtype=torch.int32, device=device)
-        self.leases = torch.tensor([[0, lease]] * REQUESTS, dtype=torch.int32, device=device)
-        self.lengths = torch.full_like(self.rows, held * geometry.block_size)
+        table = torch.arange(shape[0], dtype=torch.int32, device=device).view(REQUESTS, held)
+        rows = torch.arange(REQUESTS, dtype=torch.int32, device=device)
+        leases = torch.tensor([[0, lease]] * REQUESTS, dtype=torch.int32, device=device)
+        lengths = torch.full_like(rows, held * geometry.block_size)
+        self.batch = DecodeBatch(table, rows, lengths, leases)
         self.query = torch.randn(REQUESTS, heads * group, geometry.head_size, device=device).to(
             geometry.dtype
         )
@@ -66,20 +65,12 @@ class Trial:
         own = layout.prompt_basis_rank > 0
         basis = Basis(directions, directions) if rank and not own else None
         self.setting = DecodeSetting(
-            self.arena, self.layout, group, basis, geometry.head_size**-0.5, REQUESTS
+            self.kv_cache, self.layout, group, basis, geometry.head_size**-0.5, REQUESTS
         )
 
     def attend(self, kernel: DecodeKernel) -> None:
         """One call."""
-        kernel.attend(
-            self.query,
-            0,
-            self.block_table,
-            self.rows,
-            self.lengths,
-            self.leases,
-            self.output,
-        )
+        kernel.attend(self.query, 0, self.batch, self.output)
 
 
 @cache

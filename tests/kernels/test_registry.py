@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-import mdkv_vllm.ops.decode as decode
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.reference import read_page_table
-from mdkv_vllm.ops import autotune, cuda
+from mdkv_vllm.kernels import autotune, registry
+from mdkv_vllm.kernels.cpu.decode import CpuDecode
+from mdkv_vllm.kernels.cuda import library as cuda
+from mdkv_vllm.kernels.interface import DecodeSetting
 
 GPU = torch.device("cuda")
 
@@ -31,28 +33,28 @@ def layout(names, prompt_basis_rank=0):
 )
 def test_kernels_on_gpus(monkeypatch, asked, built, expected):
     monkeypatch.setattr(cuda, "why_not", lambda: "" if built else "they are not built")
-    assert decode.decode_kernels(asked, GPU) == expected
+    assert registry.decode_kernels(asked, GPU) == expected
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda: "they are not built")
     with pytest.raises(ConfigError, match=r"mixeddim.kernels is 'cuda', but they are not built"):
-        decode.decode_kernels("cuda", GPU)
+        registry.decode_kernels("cuda", GPU)
     with pytest.raises(ConfigError, match=r"'cpu', but the model runs on cuda; allowed there"):
-        decode.decode_kernels("cpu", GPU)
+        registry.decode_kernels("cpu", GPU)
     for asked in ("cuda", "triton", "autotune"):
         with pytest.raises(ConfigError, match=rf"'{asked}', but the model runs on the CPU; allow"):
-            decode.decode_kernels(asked, torch.device("cpu"))
+            registry.decode_kernels(asked, torch.device("cpu"))
 
 
 def test_the_faster_is_taken(monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda: "")
     monkeypatch.setattr(autotune, "measure", lambda *_: {"cuda": 3.0, "triton": 2.0})
-    monkeypatch.setattr(decode, "MAKERS", {"cuda": lambda _: "C", "triton": lambda _: "T"})
-    arena = torch.empty(0, device="meta")
-    monkeypatch.setattr(decode, "decode_kernels", lambda *_: ("cuda", "triton"))
-    setting = decode.DecodeSetting(arena, layout(("i8",)), 1, None, 1.0, 8)
-    assert decode.decode_kernel("autotune", setting) == (
+    monkeypatch.setattr(registry, "DECODE", {"cuda": lambda _: "C", "triton": lambda _: "T"})
+    nothing = torch.empty(0, device="meta")
+    monkeypatch.setattr(registry, "decode_kernels", lambda *_: ("cuda", "triton"))
+    setting = DecodeSetting(nothing, layout(("i8",)), 1, None, 1.0, 8)
+    assert registry.decode_kernel("autotune", setting) == (
         "triton (1.50 x as fast as cuda here)",
         "T",
     )
@@ -64,9 +66,9 @@ def test_the_faster_is_taken(monkeypatch):
 def test_trial_leases_are_whole(names, basis):
     """Every list's pages lie in the lease, one after the other; what is read is finite."""
     tried = autotune.Trial(layout(names, basis), 3, torch.device("cpu"), 4 << 20)
-    first, held = tried.leases[5].tolist()
+    first, held = tried.batch.leases[5].tolist()
     assert first == 0
-    pages = tried.arena[tried.block_table[5, :held].long()].view(torch.uint8).flatten(0, 1)
+    pages = tried.kv_cache[tried.batch.block_table[5, :held].long()].view(torch.uint8).flatten(0, 1)
     table = read_page_table(pages.flatten(1), tried.layout)
     assert (table[..., 0] > 0).all()
     capacity = torch.tensor([f.tokens_per_page for f in tried.layout.formats.formats])
@@ -74,5 +76,5 @@ def test_trial_leases_are_whole(names, basis):
     assert int(ends.max()) <= len(pages)
     assert torch.equal(ends.flatten()[:-1], table[..., 1].flatten()[1:])
     tried.output.fill_(torch.nan)
-    tried.attend(decode.CpuDecode(tried.setting))
+    tried.attend(CpuDecode(tried.setting))
     assert (tried.output == 0).all()

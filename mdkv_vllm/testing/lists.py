@@ -1,7 +1,10 @@
 """Packed lists of two implementations, compared."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 
+from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.kernels import ReferenceKernels
 from mdkv_vllm.core.packing import unpack_list
@@ -10,10 +13,16 @@ from mdkv_vllm.core.packing import unpack_list
 class ChosenBefore(ReferenceKernels):
     """The reference, which packs what another implementation has chosen for each layer."""
 
-    def __init__(self, allocations):
+    def __init__(self, allocations: Iterable[Allocation]) -> None:
         self._allocations = list(allocations)
 
-    def allocate(self, losses, formats, budgets):
+    def allocate(
+        self,
+        losses: Sequence[torch.Tensor],
+        formats: FormatSet,
+        budgets: Sequence[Sequence[int]],
+    ) -> list[Allocation]:
+        """The next layers' choices, whatever their losses."""
         return [self._allocations.pop(0) for _ in losses]
 
 

@@ -19,11 +19,11 @@ DECODE_PATH = (
     "mdkv_vllm/plugin/worker_runtime/compression_runner.py",
     "mdkv_vllm/plugin/worker_runtime/metadata.py",
     "mdkv_vllm/plugin/rows.py",
-    "mdkv_vllm/plugin/prefill/__init__.py",
+    "mdkv_vllm/plugin/prefill/chunks.py",
     "mdkv_vllm/plugin/prefill/flash.py",
-    "mdkv_vllm/ops/decode.py",
-    "mdkv_vllm/ops/cuda.py",
-    "triton_kernels/mixeddim/mixed_decode.py",
+    "mdkv_vllm/kernels/gpu_decode.py",
+    "mdkv_vllm/kernels/cuda/decode.py",
+    "triton_kernels/mixeddim/decode.py",
 )
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "is_nonzero", "equal"}
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lists import assert_nearly_the_same_lists
 
 from mdkv_vllm.core.compress import CompressedPrompt, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
@@ -16,9 +15,11 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
+from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
-from mdkv_vllm.ops import cpu
-from mdkv_vllm.ops.cpu_compress import CpuKernels
+from mdkv_vllm.kernels.cpu import cpu_isas
+from mdkv_vllm.kernels.cpu.compress import CpuKernels
+from mdkv_vllm.testing.lists import assert_nearly_the_same_lists
 
 FAST, REFERENCE = CpuKernels(), ReferenceKernels()
 GEOMETRY = PageGeometry(16, 64, torch.bfloat16)
@@ -61,7 +62,7 @@ def test_round_trip(rank: int, bits: int):
     after=st.integers(0, 200),
     size=st.sampled_from([32, 64, 80, 96, 128]),
     ranks=st.lists(st.sampled_from([4, 8, 12, 32]), max_size=3),
-    variant=st.sampled_from(["paper", "solo"]),
+    loss=st.sampled_from(["paper", "solo"]),
     seed=st.integers(0, 1000),
 )
 def test_loss_sums(
@@ -72,7 +73,7 @@ def test_loss_sums(
     after: int,
     size: int,
     ranks: list[int],
-    variant: str,
+    loss: str,
     seed: int,
 ):
     torch.manual_seed(seed)
@@ -84,8 +85,8 @@ def test_loss_sums(
         Candidate(flat[..., :rank], keys[:, :span, :rank] + 0.1, torch.zeros(heads, span))
         for rank in [*ranks, size]
     ]
-    found = FAST.loss_sums(queries, keys, candidates, span, size**-0.5, variant)
-    expected = REFERENCE.loss_sums(queries, keys, candidates, span, size**-0.5, variant)
+    found = FAST.loss_sums(queries, keys, candidates, span, size**-0.5, LOSSES[loss])
+    expected = REFERENCE.loss_sums(queries, keys, candidates, span, size**-0.5, LOSSES[loss])
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
@@ -97,7 +98,7 @@ def test_loss_sums_stay_finite_where_a_query_sees_one_key_only():
         read[0, 3] = far
         candidate = Candidate(queries.flatten(1, 2), read, torch.zeros(1, 32))
         for kernels in (FAST, REFERENCE):
-            sums = kernels.loss_sums(queries, keys, [candidate], 32, 0.125, "solo")
+            sums = kernels.loss_sums(queries, keys, [candidate], 32, 0.125, LOSSES["solo"])
             assert torch.isfinite(sums).all()
             assert sums[1].max() <= 2.001
 
@@ -205,7 +206,7 @@ def compress(
     assert isinstance(plan, LeasePlan)
     cache = torch.randn(layers, 2, heads, tokens, size) * torch.linspace(2, 0.2, size)
     queries = torch.randn(layers, heads * group, window, size)
-    compressor = Compressor(layout, loss, size**-0.5, heads=by_head, kernels=kernels)
+    compressor = Compressor(layout, LOSSES[loss], size**-0.5, heads=by_head, kernels=kernels)
     result = compressor.compress(
         lambda layer: (cache[layer, 0], cache[layer, 1]), queries, plan, True
     )
@@ -283,7 +284,7 @@ def test_threads_change_no_byte(one_thread):
 
 
 @pytest.mark.skipif("MDKV_CPU_ISA" in os.environ, reason="already one of them")
-@pytest.mark.parametrize("isa", cpu.cpu_isas()[1:])
+@pytest.mark.parametrize("isa", cpu_isas()[1:])
 def test_other_instruction_sets(isa: str):
     tests = "test_round_trip or test_loss_sums or test_lease_of"
     subprocess.run(

@@ -1,0 +1,109 @@
+"""Decode attention in C++."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mdkv_vllm.core.basis import Basis, hadamard
+from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.kernels.cpu.formats import format_table
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+
+
+class CpuDecode:
+    """:class:`mdkv_vllm.kernels.interface.DecodeKernel` on a CPU.
+
+    Args:
+        setting: the model; batches of any size are taken at once.
+    """
+
+    def __init__(self, setting: DecodeSetting) -> None:
+        self._setting = setting
+        self._tables = _Tables.build(setting.layout, setting.basis)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        recent: torch.Tensor | None = None,
+    ) -> None:
+        """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`.
+
+        Raises:
+            RuntimeError: an argument is of the wrong type or shape, or an id out of range.
+        """
+        if recent is not None:
+            recent.copy_(query)
+        tables = self._tables
+        torch.ops.mdkv.mixed_decode.default(
+            query,
+            self._setting.kv_cache,
+            layer,
+            tables.num_kv_heads,
+            batch.block_table,
+            batch.query_rows,
+            batch.lengths,
+            batch.leases,
+            tables.formats,
+            tables.basis_keys[layer],
+            tables.basis_values[layer],
+            tables.hadamard,
+            tables.basis_first_page,
+            tables.basis_pages_per_head,
+            tables.prompt_basis_rank,
+            self._setting.scale,
+            output,
+            lse,
+        )
+
+    def scratch(self) -> tuple[torch.Tensor, ...]:
+        """None is kept."""
+        return ()
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """What the operator needs to know of a model; build it once.
+
+    Attributes:
+        num_kv_heads: KV heads per layer.
+        formats: int32 ``[formats, 4]``: rank, bits, rotation, tokens per page.
+        basis_keys: per layer, float32 ``[kv_heads, rank, head_size]``; rank 0 without a basis.
+        basis_values: same.
+        hadamard: float32 ``[head_size, head_size]``.
+        basis_first_page: where a prompt basis starts in a lease.
+        basis_pages_per_head: pages it takes per layer and head.
+        prompt_basis_rank: its rank; 0 where the basis is the calibrated one.
+    """
+
+    num_kv_heads: int
+    formats: torch.Tensor
+    basis_keys: tuple[torch.Tensor, ...]
+    basis_values: tuple[torch.Tensor, ...]
+    hadamard: torch.Tensor
+    basis_first_page: int
+    basis_pages_per_head: int
+    prompt_basis_rank: int
+
+    @classmethod
+    def build(cls, layout: LeaseLayout, basis: Basis | None) -> _Tables:
+        """Tables of a lease layout and, where formats use one, a calibrated basis."""
+        head_size = layout.geometry.head_size
+        if basis is None:
+            basis = Basis.empty(layout.num_layers, layout.num_kv_heads, head_size)
+        keys, values = basis.rows(torch.device("cpu"))
+        return cls(
+            num_kv_heads=layout.num_kv_heads,
+            formats=format_table(layout.formats),
+            basis_keys=keys,
+            basis_values=values,
+            hadamard=hadamard(head_size).contiguous(),
+            basis_first_page=layout.basis_first_page,
+            basis_pages_per_head=layout.basis_pages_per_head,
+            prompt_basis_rank=layout.prompt_basis_rank,
+        )

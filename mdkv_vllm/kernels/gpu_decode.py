@@ -1,0 +1,79 @@
+"""What decode kernels of GPUs have in common: memory for a largest batch, launches within it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+
+
+class GpuDecode(ABC):
+    """:class:`mdkv_vllm.kernels.interface.DecodeKernel` of launches of limited size.
+
+    Args:
+        setting: the model.
+    """
+
+    def __init__(self, setting: DecodeSetting) -> None:
+        self._setting = setting
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        recent: torch.Tensor | None = None,
+    ) -> None:
+        """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
+        for start in range(0, query.shape[0], self._setting.max_queries):
+            some = slice(start, start + self._setting.max_queries)
+            self._launch(
+                query[some],
+                layer,
+                batch.queries(some),
+                output[some],
+                None if lse is None else lse[some],
+                None if recent is None else recent[some],
+            )
+
+    @abstractmethod
+    def _launch(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        recent: torch.Tensor | None,
+    ) -> None:
+        """:meth:`attend` for at most ``max_queries`` queries."""
+
+    @abstractmethod
+    def scratch(self) -> Sequence[torch.Tensor]:
+        """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
+
+
+def basis_in_use(setting: DecodeSetting) -> tuple[Basis, int]:
+    """The calibrated basis, or an empty one, and the rank that formats may read.
+
+    Returns:
+        The basis and its rank, or the rank of the prompts' own; 0 where no format uses one.
+
+    Raises:
+        ValueError: the basis has fewer directions than a format reads.
+    """
+    layout, basis = setting.layout, setting.basis
+    if layout.prompt_basis_rank or basis is None:
+        basis = Basis.empty(layout.num_layers, layout.num_kv_heads, layout.geometry.head_size)
+    rank = layout.prompt_basis_rank or basis.rank
+    if rank < layout.formats.basis_rank:
+        raise ValueError(
+            f"the basis has {rank} directions; formats read {layout.formats.basis_rank}"
+        )
+    return basis, rank if layout.formats.uses_basis else 0

@@ -1,0 +1,163 @@
+"""What each kind of kernel does, whatever it is written in.
+
+Decode attention: :class:`DecodeKernel`. Attention of prompts: :class:`PrefillAttention`.
+Compression: :class:`mdkv_vllm.core.kernels.CompressionKernels`, which stands in ``core`` beside its
+specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from mdkv_vllm.core.basis import Basis
+from mdkv_vllm.core.layout import LeaseLayout
+
+
+@dataclass(frozen=True)
+class DecodeSetting:
+    """What every decode kernel of a model is made from.
+
+    Attributes:
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``,
+            contiguous and 16-byte aligned.
+        layout: what leases look like.
+        group: query heads per KV head.
+        basis: the calibrated basis, None where none is used or each prompt has its own.
+        scale: factor of the attention scores.
+        max_queries: queries of one launch at most; larger batches take several.
+    """
+
+    kv_cache: torch.Tensor
+    layout: LeaseLayout
+    group: int
+    basis: Basis | None
+    scale: float
+    max_queries: int
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Whose tokens each query of a step attends to, the same in every layer.
+
+    Attributes:
+        block_table: int32 ``[rows, max_blocks]``, last dimension contiguous.
+        query_rows: int32 ``[queries]``, the block-table row of each query.
+        lengths: int32 ``[queries]``, keys each query sees, counted from position 0; a query
+            of length 0 (padding) gives zeros, and its row is not looked at.
+        leases: int32 ``[rows, 2]``, first lease block and tail block; 0, 0 for no lease.
+    """
+
+    block_table: torch.Tensor
+    query_rows: torch.Tensor
+    lengths: torch.Tensor
+    leases: torch.Tensor
+
+    def queries(self, some: slice) -> DecodeBatch:
+        """The batch with some of its queries alone."""
+        return DecodeBatch(self.block_table, self.query_rows[some], self.lengths[some], self.leases)
+
+
+class DecodeKernel(Protocol):
+    """Attention of single-token queries over leases and full-dimension tokens."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        recent: torch.Tensor | None = None,
+    ) -> None:
+        """Attend in one layer, without waiting for the device.
+
+        Args:
+            query: ``[queries, q_heads, head_size]``, last dimension contiguous.
+            layer: the layer to attend in.
+            batch: whose tokens are attended to.
+            output: written, shape and type of the query, last dimension contiguous.
+            lse: written where given, float32 ``[queries, q_heads]``: natural logarithms of the
+                sums of weights, minus infinity for padding.
+            recent: written where given, contiguous, shape and type of the query: the queries as
+                they are.
+        """
+        ...
+
+    def scratch(self) -> Sequence[torch.Tensor]:
+        """Memory whose contents before a call must not matter, for tests to fill with NaN."""
+        ...
+
+
+MakeDecode = Callable[[DecodeSetting], DecodeKernel]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompt tokens of one request, attending to their context and to each other.
+
+    Attributes:
+        start: first query token in the batch.
+        stop: one past the last.
+        context: tokens in the cache before them.
+        row: the request's row of the block table.
+    """
+
+    start: int
+    stop: int
+    context: int
+    row: int
+
+    @property
+    def tokens(self) -> int:
+        """Query tokens."""
+        return self.stop - self.start
+
+    @property
+    def total(self) -> int:
+        """Keys that the last of them sees."""
+        return self.context + self.tokens
+
+
+class PrefillStep(Protocol):
+    """The chunks of one step, prepared once for all layers."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+    ) -> None:
+        """Causal attention of every chunk to its context and itself, in one layer.
+
+        The chunks' own keys and values are in the cache already, at full dimension like their
+        context: a prompt is compressed only after its last chunk.
+
+        Args:
+            query: ``[tokens, query_heads, head_size]``, the whole batch.
+            key: ``[tokens, kv_heads, head_size]``, as computed, not rounded to the cache's type.
+            value: ``[tokens, kv_heads, head_size]``.
+            kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]`` view of the layer.
+            scale: factor of the scores.
+            output: like ``query``; the chunks' rows are written.
+        """
+        ...
+
+
+class PrefillAttention(Protocol):
+    """An implementation of attention of prompts."""
+
+    def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> PrefillStep:
+        """Prepare a step.
+
+        Args:
+            chunks: in the order of their tokens.
+            block_table: int32 ``[rows, max_blocks]``.
+        """
+        ...

@@ -1,1 +1,0 @@
-"""One torch operator per kernel; see :mod:`mdkv_vllm.ops.cpu`."""

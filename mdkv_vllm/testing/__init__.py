@@ -1,0 +1,1 @@
+"""Random leases, lists and prompts, for the tests and for the GPU kit (benchmarks/gpu)."""

@@ -1,0 +1,159 @@
+"""Every decode kernel against the float64 reference, on random ragged leases."""
+
+import cuda_host.process
+import decode_runners
+import interpreter
+import pytest
+import torch
+from decode_runners import BF16, FP16, FP32, Case, run_ragged
+
+from mdkv_vllm.testing.leases import Model, Request
+
+EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
+DTYPES = (BF16, FP16, FP32)
+
+
+@pytest.fixture(scope="module")
+def runner(request):
+    if request.param == "triton":
+        pytest.importorskip("triton")
+        with interpreter.start() as process:
+            yield decode_runners.triton(process)
+    elif request.param == "cuda":
+        library = request.getfixturevalue("cuda_host_library")
+        with cuda_host.process.start(library) as process:
+            yield decode_runners.cuda(process)
+    else:
+        yield getattr(decode_runners, request.param)()
+
+
+ALL = [
+    "reference",
+    "cpu",
+    pytest.param("triton", marks=pytest.mark.slow),
+    pytest.param("cuda", marks=pytest.mark.slow),
+]
+pytestmark = pytest.mark.parametrize("runner", ALL, indirect=True, scope="module")
+
+
+def of(runner, dtype=None):
+    """A cache's type that the runner takes: the one asked for, or leave the test out."""
+    if dtype is not None and dtype not in runner.dtypes:
+        pytest.skip(f"{runner.name} takes no caches in {dtype}")
+    return dtype or (FP32 if FP32 in runner.dtypes else FP16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", EVERY_FORMAT)
+def test_single_format(runner, name, dtype):
+    model = Model(names=(name,), dtype=of(runner, dtype))
+    case = Case(runner, model, [Request(8, 37), Request(0, 70)])
+    case.check([0, 1], case.totals)
+
+
+@pytest.mark.parametrize("head_size", [8, 32, 40, 64, 72, 80, 96, 112, 128, 256, 512])
+def test_head_sizes(runner, head_size):
+    if head_size not in runner.head_sizes:
+        pytest.skip(f"{runner.name} is not tried with heads of {head_size}")
+    names = ("r4", "i8", "i4", "i2", "full") + (("r32i8",) if head_size > 32 else ())
+    run_ragged(runner, Model(names, head_size, dtype=FP16), seed=head_size)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "group"), [(64, 1), (128, 4), (128, 8), (256, 1), (96, 4), (80, 8)]
+)
+def test_groups_of_head_sizes(runner, head_size, group):
+    if head_size not in runner.head_sizes:
+        pytest.skip(f"{runner.name} is not tried with heads of {head_size}")
+    run_ragged(runner, Model(EVERY_FORMAT, head_size, group, dtype=FP16), seed=head_size + group)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 9, 16, 17])
+def test_groups(runner, group):
+    run_ragged(runner, Model(EVERY_FORMAT, kv_heads=1, group=group, dtype=FP16), seed=group)
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 48, 128])
+def test_block_sizes(runner, block_size):
+    run_ragged(runner, Model(EVERY_FORMAT, block_size=block_size, dtype=of(runner)))
+
+
+@pytest.mark.parametrize("query_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes(runner, dtype, query_dtype):
+    run_ragged(runner, Model(EVERY_FORMAT, dtype=of(runner, dtype), query_dtype=query_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompt_basis(runner, dtype):
+    names = ("r8", "r24", "r16i4", "full")
+    model = Model(names, dtype=of(runner, dtype), prompt_basis_rank=24, block_size=8)
+    run_ragged(runner, model)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "names"),
+    [
+        (64, ("r4", "r4i2", "r8i4")),
+        (64, ("r60", "r12i8")),
+        (64, ("r32", "r48i2")),
+        (80, ("r32", "r48i2", "r64i4")),
+        (64, ("r8", "r24", "r12", "r48")),
+        (64, ("r12i8", "r20i8", "r32i8", "r48i8")),
+        (96, ("r64i8", "r32i8", "r12i8", "r92i4")),
+        (256, ("r200i2", "r100i4", "r252i8")),
+    ],
+)
+def test_ranks(runner, head_size, names):
+    if head_size not in runner.head_sizes:
+        pytest.skip(f"{runner.name} is not tried with heads of {head_size}")
+    run_ragged(runner, Model(names, head_size, 4, dtype=of(runner)))
+
+
+def test_empty_lists(runner):
+    case = Case(runner, Model(), [Request(4, 1, fill=0.0), Request(4, 20, fill=0.0)])
+    case.check([0, 1], case.totals)
+
+
+def test_lease_without_tail(runner):
+    case = Case(runner, Model(), [Request(6, 0)])
+    case.check([0], case.totals)
+
+
+def test_no_lease_at_all(runner):
+    case = Case(runner, Model(names=("full",)), [Request(0, n) for n in (1, 15, 16, 17, 700)])
+    case.check([0, 1, 2, 3, 4], case.totals)
+
+
+def test_padding_row(runner):
+    """A query of length 0 gives zeros, whatever its row is."""
+    case = Case(runner, Model(names=EVERY_FORMAT), [Request(6, 5)])
+    output, lse = case.outputs([10**6, 0], [0, case.totals[0]])
+    assert (output[0] == 0).all()
+    assert (lse[0] == -torch.inf).all()
+    assert output[1].isfinite().all()
+
+
+def test_extreme_scales(runner):
+    """Scales of V from nothing to the largest in one list."""
+    case = Case(runner, Model(names=("i8",), kv_heads=1, layers=1, group=1), [Request(8, 3)])
+    fmt = case.layout.formats.formats[0]
+    for power, block in zip((-126, -60, -9, 0, 9, 60), case.block_table[0, 4:], strict=False):
+        page = case.arena[int(block)].view(torch.uint8).flatten()
+        scales = page[fmt.scales_offset + 2 * fmt.tokens_per_page :][: 2 * fmt.tokens_per_page]
+        scales.view(torch.bfloat16)[:] = 2.0**power
+    case.check([0], case.totals, layer=0)
+
+
+def test_large_scores_do_not_overflow(runner):
+    case = Case(runner, Model(query_dtype=FP32), [Request(8, 50)])
+    case.arena[case.block_table[0, -1].long(), :, :2] *= 60
+    case.check([0], case.totals)
+
+
+def test_nan_is_not_hidden(runner):
+    case = Case(runner, Model(), [Request(0, 50)])
+    case.arena[case.block_table[0, 0].long(), 0, 3] = torch.nan
+    output, _ = case.outputs([0], case.totals)
+    assert output[:, : case.model.group].isnan().all()
+    assert not output[:, case.model.group :].isnan().any()

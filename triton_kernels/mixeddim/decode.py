@@ -1,0 +1,168 @@
+"""Decode attention over leases and full-dimension tails on a GPU.
+
+Three launches with grids that depend on shapes alone, and no synchronisation, so that a CUDA
+graph can hold them (run every batch size once before, to compile):
+
+1. ``rotate_queries`` brings every query into the formats' spaces, once, and keeps it as it is for
+   callers that ask for it.
+2. ``attend_split`` shares every unit's pages (a query's, in one KV head) among programs.
+3. ``merge_parts`` merges the programs' parts and rotates back, once per space.
+
+Bytes of a layer's step: every page of the lists and the tail once, block ids and page table
+beside them (some 4 bytes a page), and per part and query head ``rank + 1`` floats written and
+read again: some 2 % for a part of ``MIN_PAGES_FULL`` pages of 8 KiB and a group of 4 heads of 128.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mdkv_vllm.kernels.gpu_decode import GpuDecode, basis_in_use
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+
+from .attend import attend_split
+from .merge import merge_parts
+from .rotate import rotate_queries
+from .shapes import DecodeShape
+from .splits import STAGES, SplitPlan, resident_programs
+
+LOG2_E = 1.4426950408889634
+
+MERGE_ROWS = 16
+"""Splits that the merge reads at a time."""
+
+
+class TritonDecode(GpuDecode):
+    """:class:`mdkv_vllm.kernels.interface.DecodeKernel` in Triton; multiplies in the cache's type.
+
+    Nothing is checked on the device: ids and lengths have to be right. One workspace serves all
+    layers, one call at a time.
+
+    Args:
+        setting: the model.
+        programs: as in :meth:`.SplitPlan.of`; None for what the device holds at once.
+
+    Raises:
+        ValueError: the basis has fewer directions than a format reads.
+    """
+
+    def __init__(self, setting: DecodeSetting, programs: int | None = None) -> None:
+        super().__init__(setting)
+        device = setting.kv_cache.device
+        basis, rank = basis_in_use(setting)
+        self._basis_keys, self._basis_values = basis.rows(device)
+        self._shape = DecodeShape(setting.layout, setting.group, rank)
+        programs = programs or resident_programs(self._shape, device)
+        self._workspace = _Workspace.allocate(self._shape, setting.max_queries, device, programs)
+
+    def scratch(self) -> tuple[torch.Tensor, ...]:
+        """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
+        return self._workspace.rotated, self._workspace.part_out, self._workspace.part_lse
+
+    def _launch(
+        self,
+        query: torch.Tensor,
+        layer: int,
+        batch: DecodeBatch,
+        output: torch.Tensor,
+        lse: torch.Tensor | None,
+        recent: torch.Tensor | None,
+    ) -> None:
+        setting, shape, space = self._setting, self._shape, self._workspace
+        queries, heads = query.shape[0], shape.num_kv_heads
+        plan = SplitPlan.of(queries, heads, space.programs)
+        pages = setting.kv_cache.view(torch.uint8)
+        requests = (
+            batch.block_table, batch.block_table.stride(0),
+            batch.query_rows, batch.lengths, batch.leases,
+        )  # fmt: skip
+        if shape.uses_basis or shape.uses_hadamard or recent is not None:
+            rotate_queries[(queries, heads * shape.group)](
+                query,
+                query.stride(0),
+                query.stride(1),
+                pages,
+                *requests,
+                layer,
+                self._basis_keys[layer],
+                space.rotated,
+                query if recent is None else recent,
+                SHAPE=shape,
+                KEEP=recent is not None,
+                num_warps=1,
+            )
+        attend_split[(plan.splits, heads, queries)](
+            query,
+            query.stride(0),
+            query.stride(1),
+            space.rotated,
+            pages,
+            *requests,
+            layer,
+            setting.scale * LOG2_E,
+            plan.min_pages,
+            space.part_out,
+            space.part_lse,
+            SHAPE=shape,
+            STAGES=STAGES,
+            num_warps=shape.num_warps,
+        )
+        merge_parts[(heads * shape.group, queries)](
+            space.part_out,
+            space.part_lse,
+            pages,
+            *requests,
+            layer,
+            self._basis_values[layer],
+            output,
+            output.stride(0),
+            output.stride(1),
+            space.part_lse if lse is None else lse,
+            SHAPE=shape,
+            SPLITS=plan.splits,
+            ROWS=min(plan.splits, MERGE_ROWS),
+            HAS_LSE=lse is not None,
+            num_warps=4,
+        )
+
+
+@dataclass(frozen=True)
+class _Workspace:
+    """Memory between the kernels, for batches up to a size. Its contents need no clearing.
+
+    Attributes:
+        rotated: float32, queries in the formats' spaces.
+        part_out: float32, parts of outputs.
+        part_lse: float32, base-2 logarithms of the parts' sums of weights.
+        programs: as in :meth:`.SplitPlan.of`.
+    """
+
+    rotated: torch.Tensor
+    part_out: torch.Tensor
+    part_lse: torch.Tensor
+    programs: int
+
+    @classmethod
+    def allocate(
+        cls, shape: DecodeShape, max_queries: int, device: torch.device, programs: int
+    ) -> _Workspace:
+        """Allocate for batches of up to ``max_queries`` queries, padding included."""
+        heads = shape.num_kv_heads
+        units_and_splits = [
+            (queries * heads, SplitPlan.of(queries, heads, programs).splits)
+            for queries in range(1, max_queries + 1)
+        ]
+        slots = max(units * (splits + shape.num_lists) for units, splits in units_and_splits)
+        parts = max(units * splits for units, splits in units_and_splits)
+
+        def floats(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.float32, device=device)
+
+        return cls(
+            floats(max_queries * heads * shape.group * shape.rotated_width),
+            floats(slots * shape.part_floats),
+            floats(parts * shape.group * shape.num_parts),
+            programs,
+        )

@@ -36,6 +36,7 @@ RUN scripts/install-image.sh dependencies cuda /opt/mdkv
 FROM ${CUDA_IMAGE} AS cuda-kernels
 WORKDIR /opt/source
 COPY scripts/build-cuda.sh scripts/
+COPY csrc/common csrc/common
 COPY csrc/cuda csrc/cuda
 RUN OUT=/opt/kernels/libmdkv_cuda.so scripts/build-cuda.sh
 

@@ -126,7 +126,7 @@ if "$with_dev"; then
 fi
 
 # The compiled ops link against torch, so new pins mean a new build.
-package_hash="$(hash_of csrc/cpu setup.py pyproject.toml)-$cpu_hash"
+package_hash="$(hash_of csrc/cpu csrc/common setup.py pyproject.toml)-$cpu_hash"
 compgen -G 'mdkv_vllm/_cpu*.so' >/dev/null || rm -f "$STAMPS/package"
 run_step package "$package_hash" "mdkv-vllm, with its C++ ops" \
     pip_install --no-build-isolation --editable .

@@ -41,11 +41,11 @@ class Attention {
  private:
   void process(const Tile& tile, Prefetcher& prefetcher) {
     const Format& format = *tile.format;
-    const int space = static_cast<int>(format.rotation);
+    const int space = format.rotation;
     const SpaceQuery& query = prepared_.spaces[space];
     float* out = partial_.out[space];
     const int64_t width = partial_.width[space];
-    if (format.codes) {
+    if (format.codes()) {
       const float* zero_dot = prepared_.zero_dot + tile.index * args_.group;
       if (format.bits == 8) attend_codes<8>(tile, query, zero_dot, out, width, prefetcher);
       if (format.bits == 4) attend_codes<4>(tile, query, zero_dot, out, width, prefetcher);
@@ -58,23 +58,22 @@ class Attention {
   void attend_elements(const Tile& tile, const SpaceQuery& query, float* out, int64_t width,
                        Prefetcher& prefetcher) {
     const Format& format = *tile.format;
-    const bool slots = format.rotation == Rotation::kIdentity;
-    if (slots) {
+    if (format.slots()) {
       score_full<E>(args_, tile, query, scratch_, prefetcher);
     } else {
       score_rows<Elements<E>>(args_, tile, query, nullptr, scratch_, prefetcher);
     }
     softmax(tile, -1);
-    const int64_t row = format.rank * int64_t{sizeof(E)};
-    add_values<Elements<E>>(tile, slots ? row : format.section_bytes, slots ? 2 * row : row,
-                            format.rank, args_.group, false, scratch_, out, width, prefetcher);
+    const int64_t row = format.value_row_bytes();
+    add_values<Elements<E>>(tile, format.values_offset, format.slots() ? 2 * row : row, format.rank,
+                            args_.group, false, scratch_, out, width, prefetcher);
   }
 
   template <int kBits>
   void attend_codes(const Tile& tile, const SpaceQuery& query, const float* zero_dot, float* out,
                     int64_t width, Prefetcher& prefetcher) {
     const Format& format = *tile.format;
-    const int64_t scales = 2 * format.section_bytes + 2 * int64_t{format.tokens_per_page};
+    const int64_t scales = format.scales_offset + 2 * int64_t{format.tokens_per_page};
 #ifdef MDKV_VNNI
     score_codes<kBits>(args_, tile, query, zero_dot, scratch_, prefetcher);
     softmax(tile, scales);
@@ -83,8 +82,8 @@ class Attention {
     score_rows<Codes<kBits>>(args_, tile, query, zero_dot, scratch_, prefetcher);
     softmax(tile, scales);
     sum_weights(tile, format.zero(), args_.group, scratch_);
-    add_values<Codes<kBits>>(tile, format.section_bytes, int64_t{format.rank} * kBits / 8,
-                             format.rank, args_.group, true, scratch_, out, width, prefetcher);
+    add_values<Codes<kBits>>(tile, format.values_offset, format.value_row_bytes(), format.rank,
+                             args_.group, true, scratch_, out, width, prefetcher);
 #endif
   }
 

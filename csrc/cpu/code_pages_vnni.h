@@ -14,7 +14,7 @@ template <int kBits>
 inline void score_codes(const DecodeArgs& args, const Tile& tile, const SpaceQuery& query,
                         const float* zero_dot, TileScratch& scratch, Prefetcher& prefetcher) {
   const Format& format = *tile.format;
-  const int64_t row_bytes = format.section_bytes / format.rank;
+  const int64_t row_bytes = format.key_row_bytes();
   const int run = static_cast<int>(row_bytes);
   for_code_blocks<kBits>(
       row_bytes, args.group,
@@ -22,7 +22,7 @@ inline void score_codes(const DecodeArgs& args, const Tile& tile, const SpaceQue
         constexpr int kGroup = decltype(heads)::value, kBlocks = decltype(blocks)::value;
         for (int i = 0; i < tile.num_pages; ++i) {
           const uint8_t* page = tile.page[i];
-          const auto* scales = reinterpret_cast<const BFloat16*>(page + 2 * format.section_bytes);
+          const auto* scales = reinterpret_cast<const BFloat16*>(page + format.scales_offset);
           float* scores = scratch.weights + g0 * scratch.tokens + i * tile.stride;
           for (int position = 0; position < run && position < tile.count[i];
                position += 16 * kBlocks) {
@@ -66,7 +66,7 @@ inline void add_code_values(const DecodeArgs& args, const Tile& tile, TileScratc
           CodeSums<kBits, kBlocks, kGroup> sums(first_field);
           for (int i = 0; i < tile.num_pages; ++i) {
             const int64_t at = g0 * scratch.tokens + i * tile.stride;
-            sums.add(interleave, tile.page[i] + format.section_bytes + position, tile.count[i],
+            sums.add(interleave, tile.page[i] + format.values_offset + position, tile.count[i],
                      scratch.high + at, scratch.low + at, scratch.tokens, prefetcher);
           }
           sums.for_vectors(run - position, [&](int vector, int block, int field) {

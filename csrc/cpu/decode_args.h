@@ -8,13 +8,13 @@
 
 #include <cstdint>
 
+#include "../common/page_format.h"
+
 #define MDKV_INLINE inline __attribute__((always_inline))
 
 namespace mdkv {
 
 enum class Element : int32_t { kFloat32, kBFloat16, kFloat16 };
-enum class Rotation : int32_t { kIdentity = 0, kBasis = 1, kHadamard = 2 };
-
 constexpr int kMaxFormats = 16;
 
 // Rows of floats in scratch memory are padded to the widest vector of any instruction set.
@@ -30,20 +30,15 @@ MDKV_INLINE constexpr int64_t round_up(int64_t n, int64_t multiple) {
 
 MDKV_INLINE int64_t element_bytes(Element type) { return type == Element::kFloat32 ? 4 : 2; }
 
-// One page format; see mdkv_vllm/core/formats.py for the bytes.
-struct Format {
-  int32_t rank;
-  int32_t bits;
-  Rotation rotation;
-  int32_t tokens_per_page;
-  bool codes;             // integer codes with bf16 scales, as opposed to elements
-  int64_t section_bytes;  // of the K codes; the V codes take as many
-
+// A page format as the kernels read it.
+struct Format : mdkv_page_format {
+  MDKV_INLINE bool slots() const { return kind == MDKV_SLOTS; }
+  MDKV_INLINE bool codes() const { return kind == MDKV_CODES; }
+  MDKV_INLINE float zero() const { return 0.5f * zero_halves; }
+  MDKV_INLINE int64_t key_row_bytes() const { return int64_t{tokens_per_page} * bits / 8; }
+  MDKV_INLINE int64_t value_row_bytes() const { return int64_t{rank} * bits / 8; }
   MDKV_INLINE int64_t pages(int64_t tokens) const {
     return (tokens + tokens_per_page - 1) / tokens_per_page;
-  }
-  MDKV_INLINE float zero() const {
-    return codes ? (bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f) : 0.0f;
   }
 };
 
@@ -87,7 +82,7 @@ struct DecodeArgs {
 
   Format formats[kMaxFormats];
   int32_t num_formats;
-  Format full;  // what the tail is
+  Format full;  // of the tail
 
   const float* basis_k;  // [kv_heads, basis_rank, head_size]
   const float* basis_v;

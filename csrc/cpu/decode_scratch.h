@@ -43,7 +43,7 @@ struct SpaceQuery {
 
 // Queries of one (query, KV head) in every space.
 struct Prepared {
-  SpaceQuery spaces[3];  // by Rotation
+  SpaceQuery spaces[3];  // by mdkv_rotation
   float* zero_dot;       // [formats, group]: zero * sum of the query over the format's rank
 
   MDKV_INLINE static Prepared carve(const DecodeArgs& args, Carver& carver) {
@@ -60,7 +60,7 @@ struct Prepared {
 struct Partial {
   float* max;     // [group]
   float* sum;     // [group]
-  float* out[3];  // by Rotation: [group, width]
+  float* out[3];  // by mdkv_rotation: [group, width]
   int64_t width[3];
 
   MDKV_INLINE static Partial carve(const DecodeArgs& args, Carver& carver) {

@@ -26,10 +26,10 @@ inline void score_rows(const DecodeArgs& args, const Tile& tile, const SpaceQuer
                        const float* zero_dot, TileScratch& scratch, Prefetcher& prefetcher) {
   const Format& format = *tile.format;
   const int run = format.tokens_per_page / Reader::kFields;
-  const int64_t row_bytes = format.section_bytes / format.rank;
+  const int64_t row_bytes = format.key_row_bytes();
   for (int i = 0; i < tile.num_pages; ++i) {
     const uint8_t* page = tile.page[i];
-    const auto* scales = reinterpret_cast<const BFloat16*>(page + 2 * format.section_bytes);
+    const auto* scales = reinterpret_cast<const BFloat16*>(page + format.scales_offset);
     for (int field = 0; field < Reader::kFields; ++field) {
       for_positions(run, [&](auto vectors, int position) {
         for_blocks<kMaxGroup>(args.group, [&](auto heads, int g0) {

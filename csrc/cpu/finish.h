@@ -56,11 +56,11 @@ inline void finish(const DecodeArgs& args, const Unit& unit, Partial* parts, int
                    TileScratch& scratch) {
   merge(args, parts, num_parts);
   const Partial& whole = parts[0];
-  if (uses(args, unit, Rotation::kBasis)) {
+  if (uses(args, unit, MDKV_BASIS)) {
     add_product(basis_rows(args, unit, 1, scratch), args.basis_rank, args.head_size, whole.out[1],
                 whole.width[1], args.group, whole.out[0], whole.width[0]);
   }
-  if (uses(args, unit, Rotation::kHadamard)) {
+  if (uses(args, unit, MDKV_HADAMARD)) {
     add_product(args.hadamard, args.head_size, args.head_size, whole.out[2], whole.width[2],
                 args.group, whole.out[0], whole.width[0]);
   }

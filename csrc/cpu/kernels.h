@@ -8,8 +8,7 @@ namespace mdkv {
 
 struct PackArgs {
   Format format;
-  Element element;   // of formats that hold elements
-  bool token_major;  // keys beside values, as in the cache's own slots
+  Element element;  // of formats that hold elements
   int64_t page_bytes;
 };
 

@@ -17,7 +17,7 @@ MDKV_INLINE const uint8_t* tail_page(const DecodeArgs& args, const Unit& unit, i
   return args.block(unit.row, block) + page * args.page_bytes;
 }
 
-inline bool uses(const DecodeArgs& args, const Unit& unit, Rotation rotation) {
+inline bool uses(const DecodeArgs& args, const Unit& unit, int32_t rotation) {
   for (int f = 0; f < args.num_formats && unit.tail_block > 0; ++f) {
     if (args.formats[f].rotation == rotation && unit.lists[f].tokens > 0) return true;
   }

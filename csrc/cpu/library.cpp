@@ -10,15 +10,14 @@ TORCH_LIBRARY(mdkv, m) {
       "load_kv(Tensor kv_cache, Tensor block_ids, int num_tokens, Tensor(a!) keys, "
       "Tensor(b!) values) -> ()");
   m.def(
-      "mixed_decode(Tensor query, Tensor kv_cache, int layer, int num_kv_heads, Tensor "
-      "block_table, "
-      "Tensor query_rows, Tensor lengths, Tensor leases, Tensor formats, Tensor basis_k, "
+      "mixed_decode(Tensor query, Tensor kv_cache, int layer, int num_kv_heads, "
+      "Tensor block_table, Tensor query_rows, Tensor lengths, Tensor leases, Tensor formats, "
+      "Tensor basis_k, "
       "Tensor basis_v, Tensor hadamard, int basis_first_page, int basis_pages_per_head, "
       "int prompt_basis_rank, float scale, Tensor(a!) output, Tensor(b!)? lse) -> ()");
   m.def(
-      "pack_pages(Tensor keys, Tensor values, Tensor counts, int rank, int bits, "
-      "int tokens_per_page, Tensor(a!) pages, *, ScalarType element=float32, "
-      "bool token_major=False) -> ()");
+      "pack_pages(Tensor keys, Tensor values, Tensor counts, Tensor format, Tensor(a!) pages, "
+      "ScalarType element) -> ()");
   m.def("round_trip(Tensor keys, Tensor values, int bits) -> (Tensor, Tensor)");
   m.def(
       "loss_sums(Tensor queries, Tensor keys, Tensor[] candidate_queries, "

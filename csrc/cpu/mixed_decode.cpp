@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "formats.h"
 #include "isa.h"
 #include "schedule.h"
 #include "tensors.h"
@@ -26,48 +27,24 @@ RowsView rows_view(const at::Tensor& tensor, const char* name) {
           tensor.stride(1) * item};
 }
 
-void set_formats(const at::Tensor& formats, int64_t item_bits, DecodeArgs& args) {
-  check_int32(formats, "formats", 2);
-  TORCH_CHECK(formats.size(1) == 4 && formats.size(0) <= kMaxFormats && formats.is_contiguous(),
-              "formats: expected contiguous [at most ", kMaxFormats, ", 4], got ", formats.sizes());
-  args.num_formats = static_cast<int32_t>(formats.size(0));
-  for (int f = 0; f < args.num_formats; ++f) {
-    const int32_t* row = formats.const_data_ptr<int32_t>() + 4 * f;
-    Format& format = args.formats[f];
-    format.rank = row[0];
-    format.bits = row[1];
-    format.tokens_per_page = row[3];
-    format.codes = format.bits <= 8;
-    TORCH_CHECK(row[2] >= 0 && row[2] <= 2, "formats: rotation ", row[2], " of format ", f);
-    format.rotation = static_cast<Rotation>(row[2]);
-    const bool identity = format.rotation == Rotation::kIdentity;
-    TORCH_CHECK(format.codes ? format.bits == 8 || format.bits == 4 || format.bits == 2
-                             : format.bits == item_bits,
-                "formats: ", format.bits, " bits of format ", f, " in a cache of ", item_bits);
-    TORCH_CHECK(format.rank > 0 && format.rank % 4 == 0 && format.rank <= args.head_size,
-                "formats: rank ", format.rank, " of format ", f);
-    TORCH_CHECK(!identity || (!format.codes && format.rank == args.head_size &&
-                              format.tokens_per_page == args.block_size),
+// The last of the formats is the tail's.
+void set_formats(const at::Tensor& formats, DecodeArgs& args) {
+  args.num_formats = static_cast<int32_t>(count_formats(formats)) - 1;
+  TORCH_CHECK(args.num_formats >= 0 && args.num_formats <= kMaxFormats, "formats: at most ",
+              kMaxFormats, " and the tail's, got ", args.num_formats + 1);
+  for (int f = 0; f <= args.num_formats; ++f) {
+    const Format format = read_format(formats, f, args.cache_type, args.page_bytes);
+    TORCH_CHECK(format.rank <= args.head_size, "formats: rank ", format.rank, " of format ", f);
+    TORCH_CHECK(!format.slots() ||
+                    (format.rank == args.head_size && format.tokens_per_page == args.block_size),
                 "formats: format ", f, " is unrotated, but not the cache's own slots");
-    TORCH_CHECK(format.rotation != Rotation::kHadamard || format.rank == args.head_size,
-                "formats: rank ", format.rank, " of the Hadamard format ", f);
-    const int64_t row_bits = int64_t{format.tokens_per_page} * format.bits;
-    TORCH_CHECK(format.tokens_per_page > 0 && row_bits % 8 == 0, "formats: tokens_per_page ",
-                format.tokens_per_page, " of format ", f);
-    format.section_bytes = format.rank * row_bits / 8;
-    const int64_t used =
-        2 * format.section_bytes + (format.codes ? 4 * int64_t{format.tokens_per_page} : 0);
-    TORCH_CHECK(used <= args.page_bytes, "formats: format ", f, " needs ", used,
-                " bytes of a page of ", args.page_bytes);
-    args.uses_basis |= format.rotation == Rotation::kBasis;
-    args.uses_hadamard |= format.rotation == Rotation::kHadamard;
+    TORCH_CHECK(format.rotation != MDKV_HADAMARD || format.rank == args.head_size, "formats: rank ",
+                format.rank, " of the Hadamard format ", f);
+    args.uses_basis |= format.rotation == MDKV_BASIS;
+    args.uses_hadamard |= format.rotation == MDKV_HADAMARD;
+    (f < args.num_formats ? args.formats[f] : args.full) = format;
   }
-  args.full = {args.head_size,
-               static_cast<int32_t>(item_bits),
-               Rotation::kIdentity,
-               args.block_size,
-               false,
-               args.page_bytes / 2};
+  TORCH_CHECK(args.full.slots(), "formats: the last one is the tail's, and must be of slots");
 }
 
 void set_basis(const at::Tensor& basis_k, const at::Tensor& basis_v, const at::Tensor& hadamard,
@@ -96,9 +73,8 @@ void set_basis(const at::Tensor& basis_k, const at::Tensor& basis_v, const at::T
   }
   for (int f = 0; f < args.num_formats; ++f) {
     const Format& format = args.formats[f];
-    TORCH_CHECK(format.rotation != Rotation::kBasis || format.rank <= args.basis_rank,
-                "formats: rank ", format.rank, " of format ", f, " exceeds the basis' ",
-                args.basis_rank);
+    TORCH_CHECK(format.rotation != MDKV_BASIS || format.rank <= args.basis_rank, "formats: rank ",
+                format.rank, " of format ", f, " exceeds the basis' ", args.basis_rank);
   }
   if (args.uses_hadamard) {
     TORCH_CHECK(hadamard.scalar_type() == at::kFloat && hadamard.is_contiguous() &&
@@ -176,7 +152,7 @@ void mixed_decode(const at::Tensor& query, const at::Tensor& kv_cache, int64_t l
   args.group = static_cast<int32_t>(query.size(1) / num_kv_heads);
   args.scale = static_cast<float>(scale);
   set_requests(block_table, query_rows, lengths, leases, args);
-  set_formats(formats, 8 * kv_cache.element_size(), args);
+  set_formats(formats, args);
   set_basis(basis_k, basis_v, hadamard, basis_first_page, basis_pages_per_head, prompt_basis_rank,
             args);
   if (lse.has_value()) {

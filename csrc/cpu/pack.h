@@ -27,7 +27,7 @@ inline void pack_codes(const PackArgs& args, const float* keys, const float* val
                        uint8_t* codes, uint8_t* page) {
   const Format& format = args.format;
   const int rank = format.rank, capacity = format.tokens_per_page;
-  auto* scales = reinterpret_cast<BFloat16*>(page + 2 * format.section_bytes);
+  auto* scales = reinterpret_cast<BFloat16*>(page + format.scales_offset);
   const int64_t size = int64_t{capacity} * rank, used = int64_t{count} * rank;
   for (int t = 0; t < count; ++t) {
     const int64_t at = int64_t{t} * rank;
@@ -47,7 +47,7 @@ inline void pack_codes(const PackArgs& args, const float* keys, const float* val
     const float scale = quantise<kBits>(values + int64_t{t} * rank, rank, codes);
     scales[capacity + t] = from_float<BFloat16>(scale);
     merge_fields<kBits>(codes, row_bytes, row_bytes,
-                        page + format.section_bytes + int64_t{t} * row_bytes);
+                        page + format.values_offset + int64_t{t} * row_bytes);
   }
 }
 
@@ -62,17 +62,17 @@ inline void pack_elements(const PackArgs& args, const float* keys, const float* 
       key_rows[int64_t{d} * capacity + t] = from_float<E>(keys[int64_t{t} * rank + d]);
     }
   }
-  convert(values, Element::kFloat32, page + args.format.section_bytes, args.element,
+  convert(values, Element::kFloat32, page + args.format.values_offset, args.element,
           int64_t{count} * rank);
 }
 
 // One page of the cache's own slots.
 inline void pack_slots(const PackArgs& args, const float* keys, const float* values, int count,
                        uint8_t* page) {
-  const int64_t rank = args.format.rank, half = rank * element_bytes(args.element);
-  for (int t = 0; t < count; ++t, page += 2 * half) {
+  const int64_t rank = args.format.rank, value = args.format.values_offset;
+  for (int t = 0; t < count; ++t, page += 2 * value) {
     convert(keys + t * rank, Element::kFloat32, page, args.element, rank);
-    convert(values + t * rank, Element::kFloat32, page + half, args.element, rank);
+    convert(values + t * rank, Element::kFloat32, page + value, args.element, rank);
   }
 }
 
@@ -84,11 +84,11 @@ inline void pack_list(const PackArgs& args, const float* keys, const float* valu
     const float* k = keys + t * rank;
     const float* v = values + t * rank;
     __builtin_memset(pages, 0, args.page_bytes);
-    if (args.format.codes) {
+    if (args.format.codes()) {
       if (args.format.bits == 8) pack_codes<8>(args, k, v, count, codes, pages);
       if (args.format.bits == 4) pack_codes<4>(args, k, v, count, codes, pages);
       if (args.format.bits == 2) pack_codes<2>(args, k, v, count, codes, pages);
-    } else if (args.token_major) {
+    } else if (args.format.slots()) {
       pack_slots(args, k, v, count, pages);
     } else if (args.element == Element::kFloat32) {
       pack_elements<float>(args, k, v, count, pages);

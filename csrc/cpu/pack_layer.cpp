@@ -8,18 +8,11 @@
 #include <vector>
 
 #include "compress_tensors.h"
+#include "formats.h"
 #include "isa.h"
 
 namespace mdkv {
 namespace {
-
-Element element_of(at::ScalarType type) {
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-              "element: expected float32, bfloat16 or float16, got ", type);
-  return type == at::kFloat      ? Element::kFloat32
-         : type == at::kBFloat16 ? Element::kBFloat16
-                                 : Element::kFloat16;
-}
 
 struct FormatVectors {
   PackArgs args;
@@ -31,47 +24,24 @@ struct PageOfTokens {
   int64_t begin, count;  // in the list of the head's tokens at this format
 };
 
-FormatVectors vectors_of(const at::Tensor& keys, const at::Tensor& values, const int32_t* format,
+FormatVectors vectors_of(const at::Tensor& keys, const at::Tensor& values, const Format& format,
                          const at::Tensor& choice, Element element, int64_t page_bytes) {
-  FormatVectors vectors{{}, keys, values};
-  PackArgs& args = vectors.args;
-  args.element = element;
-  args.page_bytes = page_bytes;
-  args.format.rank = format[0];
-  args.format.bits = format[1];
-  args.format.rotation = static_cast<Rotation>(format[2]);
-  args.format.tokens_per_page = format[3];
-  args.format.codes = format[1] <= 8;
-  args.format.section_bytes = int64_t{format[0]} * format[3] * format[1] / 8;
-  args.token_major = args.format.rotation == Rotation::kIdentity;
   for (const at::Tensor* rows : {&keys, &values}) {
     check_float_rows(*rows, rows == &keys ? "keys" : "values");
     TORCH_CHECK(rows->size(0) == choice.size(0) && rows->size(1) == choice.size(1) &&
-                    rows->size(2) == format[0],
-                "keys: shape ", rows->sizes(), " at rank ", format[0], " for a choice of ",
+                    rows->size(2) == format.rank,
+                "keys: shape ", rows->sizes(), " at rank ", format.rank, " for a choice of ",
                 choice.sizes());
   }
-  TORCH_CHECK(
-      format[0] > 0 && format[0] % 4 == 0 && format[3] > 0 &&
-          (args.format.codes ? format[1] == 8 || format[1] == 4 || format[1] == 2
-                             : format[1] == 8 * element_bytes(element)) &&
-          int64_t{format[3]} * format[1] % 8 == 0 &&
-          2 * args.format.section_bytes + (args.format.codes ? 4 * format[3] : 0) <= page_bytes,
-      "formats: rank ", format[0], ", bits ", format[1], ", ", format[3],
-      " tokens do not fit a page of ", page_bytes);
-  return vectors;
+  return {{format, element, page_bytes}, keys, values};
 }
 
-// keys, values: per format float32 [heads, span, rank] in its space. formats: int32 [formats, 4]:
-// rank, bits, rotation, tokens per page. choice: int64 [heads, span], a format or -1. pages: uint8
-// [pages, page_bytes]; the lists' pages are written by head, then format. Returns how many.
+// keys, values: per format float32 [heads, span, rank] in its space. formats: see formats.h.
+// choice: int64 [heads, span], a format or -1. pages: uint8 [pages, page_bytes]; the lists' pages
+// are written by head, then format. Returns how many.
 int64_t pack_layer(at::TensorList keys, at::TensorList values, const at::Tensor& formats,
                    const at::Tensor& choice, at::Tensor& pages, at::ScalarType element) {
-  TORCH_CHECK(formats.scalar_type() == at::kInt && formats.dim() == 2 && formats.size(1) == 4 &&
-                  formats.is_contiguous(),
-              "formats: expected contiguous int32 [formats, 4], got ", formats.scalar_type(), " ",
-              formats.sizes());
-  const int64_t num_formats = formats.size(0);
+  const int64_t num_formats = count_formats(formats);
   TORCH_CHECK(static_cast<int64_t>(keys.size()) == num_formats && values.size() == keys.size(),
               "keys: expected ", num_formats, " of keys and of values, got ", keys.size(), " and ",
               values.size());
@@ -84,8 +54,9 @@ int64_t pack_layer(at::TensorList keys, at::TensorList values, const at::Tensor&
   std::vector<FormatVectors> vectors;
   int64_t most_scratch = 0;
   for (int64_t f = 0; f < num_formats; ++f) {
-    vectors.push_back(vectors_of(keys[f], values[f], formats.const_data_ptr<int32_t>() + 4 * f,
-                                 choice, element_of(element), pages.size(1)));
+    const Format read = read_format(formats, f, element_of(element), pages.size(1));
+    vectors.push_back(
+        vectors_of(keys[f], values[f], read, choice, element_of(element), pages.size(1)));
     const Format& format = vectors.back().args.format;
     most_scratch = std::max<int64_t>(most_scratch, int64_t{format.rank} * format.tokens_per_page);
   }

@@ -26,12 +26,10 @@ class PageStream {
     const Format& format = segment_format();
     const int capacity = format.tokens_per_page;
     // Pages of slots can be cut anywhere, and are where they would be larger than a tile.
-    const bool slots = format.rotation == Rotation::kIdentity;
+    const bool slots = format.slots();
     const int run = slots && capacity > kFullRun ? kFullRun : capacity;
     const int64_t token_bytes = args_.page_bytes / args_.block_size;
-    const int64_t page_bytes =
-        slots ? run * token_bytes
-              : 2 * format.section_bytes + (format.codes ? 4 * int64_t{capacity} : 0);
+    const int64_t page_bytes = slots ? run * token_bytes : format.used_bytes;
     tile.begin(format, segment_, run, page_bytes);
     for (const uint8_t* page = nullptr; page_ < stop_ && !tile.full();) {
       if (page == nullptr && (page = readable(page_at(page_), tile)) == nullptr) return;

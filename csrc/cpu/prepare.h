@@ -49,10 +49,9 @@ MDKV_INLINE float sum_query(const SpaceQuery& query, int64_t g, int rank) {
 // What a query makes of the offset of codes, so that kernels may read codes as unsigned numbers.
 inline void prepare_codes(const DecodeArgs& args, const Unit& unit, Prepared& prepared) {
 #ifdef MDKV_VNNI
-  constexpr Rotation kRotations[] = {Rotation::kBasis, Rotation::kHadamard};
-  for (const Rotation rotation : kRotations) {
+  for (const int32_t rotation : {MDKV_BASIS, MDKV_HADAMARD}) {
     if (!uses(args, unit, rotation)) continue;
-    const SpaceQuery& query = prepared.spaces[static_cast<int>(rotation)];
+    const SpaceQuery& query = prepared.spaces[rotation];
     for (int g = 0; g < args.group; ++g) {
       const int64_t at = g * query.width;
       const float largest = largest_weight(query.exact + at, query.width);
@@ -64,8 +63,8 @@ inline void prepare_codes(const DecodeArgs& args, const Unit& unit, Prepared& pr
 #endif
   for (int f = 0; f < args.num_formats; ++f) {
     const Format& format = args.formats[f];
-    if (!format.codes || unit.lists[f].tokens == 0) continue;
-    const SpaceQuery& query = prepared.spaces[static_cast<int>(format.rotation)];
+    if (!format.codes() || unit.lists[f].tokens == 0) continue;
+    const SpaceQuery& query = prepared.spaces[format.rotation];
     for (int g = 0; g < args.group; ++g) {
       prepared.zero_dot[f * args.group + g] = format.zero() * sum_query(query, g, format.rank);
     }
@@ -77,7 +76,7 @@ inline void prepare(const DecodeArgs& args, const Unit& unit, TileScratch& scrat
   const SpaceQuery& query = prepared.spaces[0];
   load_queries(args, unit, query);
   const SpaceQuery& low = prepared.spaces[1];
-  if (uses(args, unit, Rotation::kBasis)) {
+  if (uses(args, unit, MDKV_BASIS)) {
     Prefetcher none(nullptr, nullptr, 0);
     clear(low.exact, args.group * low.width);
     dot_rows<float>(reinterpret_cast<const uint8_t*>(basis_rows(args, unit, 0, scratch)),
@@ -85,7 +84,7 @@ inline void prepare(const DecodeArgs& args, const Unit& unit, TileScratch& scrat
                     args.head_size, args.group, low.exact, low.width, none);
   }
   const SpaceQuery& rotated = prepared.spaces[2];
-  if (uses(args, unit, Rotation::kHadamard)) {
+  if (uses(args, unit, MDKV_HADAMARD)) {
     clear(rotated.exact, args.group * rotated.width);
     add_product(args.hadamard, args.head_size, args.head_size, query.exact, query.width, args.group,
                 rotated.exact, rotated.width);

@@ -40,6 +40,24 @@ CODE_ZERO = {8: 128.0, 4: 7.5, 2: 1.5}
 _NAME = re.compile(r"(?:r(?P<rank>[1-9][0-9]*))?(?:i(?P<bits>[248]))?")
 
 
+class Kind(IntEnum):
+    """How a page is laid out."""
+
+    SLOTS = 0
+    """Keys and values token by token, as the model made them."""
+    ELEMENTS = 1
+    """Elements of the cache's type."""
+    CODES = 2
+    """Integer codes with a scale per token and head."""
+
+
+DESCRIPTOR = (
+    "kind", "rotation", "rank", "bits", "tokens_per_page", "values_offset", "scales_offset",
+    "used_bytes", "zero_halves",
+)  # fmt: skip
+"""Fields of :meth:`PageFormat.descriptor`, those of csrc/common/page_format.h."""
+
+
 class Rotation(IntEnum):
     """The space in which a format's codes live."""
 
@@ -73,28 +91,33 @@ class PageGeometry:
 
 @dataclass(frozen=True)
 class PageFormat:
-    """One way to hold a token: rank, element width and rotation.
+    """One way to hold a token: layout, rank, element width and rotation.
 
     Attributes:
         name: as the user writes it: ``full``, ``r16``, ``i4``, ``r32i8``.
+        kind: the layout.
         rank: stored dimensions of K and of V.
         bits: bits per stored element.
         rotation: the space of the stored elements.
         tokens_per_page: how many tokens one page holds.
-        quantised: whether elements are integer codes with a scale per token and head.
     """
 
     name: str
+    kind: Kind
     rank: int
     bits: int
     rotation: Rotation
     tokens_per_page: int
-    quantised: bool
 
     @property
     def full(self) -> bool:
-        """Whether tokens are held as the model made them: keys and values token by token."""
-        return self.rotation is Rotation.IDENTITY
+        """Whether tokens are held as the model made them."""
+        return self.kind is Kind.SLOTS
+
+    @property
+    def quantised(self) -> bool:
+        """Whether elements are integer codes with a scale per token and head."""
+        return self.kind is Kind.CODES
 
     @property
     def codes_per_byte(self) -> int:
@@ -121,6 +144,25 @@ class PageFormat:
         """Byte offset of the K scales in a page; the V scales follow them."""
         return 2 * self.section_bytes
 
+    @property
+    def values_offset(self) -> int:
+        """Byte offset of the V codes in a page; of slots, of V in a token's slot."""
+        return self.rank * self.bits // 8 if self.full else self.section_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of a page that hold anything."""
+        return self.scales_offset + 2 * SCALE_BYTES * self.tokens_per_page * self.quantised
+
+    @property
+    def zero_halves(self) -> int:
+        """Twice the code value that stands for zero, which is an integer."""
+        return int(2 * self.zero)
+
+    def descriptor(self) -> tuple[int, ...]:
+        """All that kernels need to know, in the order of :data:`DESCRIPTOR`."""
+        return tuple(int(getattr(self, name)) for name in DESCRIPTOR)
+
     def pages(self, tokens: int) -> int:
         """Pages that ``tokens`` tokens of one list take."""
         return -(-tokens // self.tokens_per_page)
@@ -145,11 +187,11 @@ def parse_format(name: str, geometry: PageGeometry) -> PageFormat:
     if name == "full":
         return PageFormat(
             name,
+            Kind.SLOTS,
             geometry.head_size,
             geometry.dtype.itemsize * 8,
             Rotation.IDENTITY,
             geometry.block_size,
-            quantised=False,
         )
     match = _NAME.fullmatch(name) if name else None
     if match is None:
@@ -170,11 +212,11 @@ def parse_format(name: str, geometry: PageGeometry) -> PageFormat:
     tokens = geometry.page_bytes * 8 // token_bits // per_byte * per_byte
     return PageFormat(
         name,
+        Kind.CODES if quantised else Kind.ELEMENTS,
         rank,
         bits,
         Rotation.BASIS if match["rank"] else Rotation.HADAMARD,
         tokens,
-        quantised,
     )
 
 
@@ -229,6 +271,11 @@ class FormatSet:
 def _capacity(formats: FormatSet, device: torch.device) -> torch.Tensor:
     """Tokens per page of each format, copied to the device once."""
     return torch.tensor([f.tokens_per_page for f in formats.formats], device=device)
+
+
+def full_format(geometry: PageGeometry) -> PageFormat:
+    """The format of tokens that are not compressed."""
+    return parse_format("full", geometry)
 
 
 def parse_formats(names: tuple[str, ...], geometry: PageGeometry) -> FormatSet:

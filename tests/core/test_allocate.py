@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from mdkv_vllm.core.allocate import allocate
 from mdkv_vllm.core.exchange import Exchange
-from mdkv_vllm.core.formats import FormatSet, PageFormat, PageGeometry, Rotation, parse_formats
+from mdkv_vllm.core.formats import FormatSet, Kind, PageFormat, PageGeometry, Rotation, parse_formats
 
 GEOMETRY = PageGeometry(16, 64, torch.bfloat16)
 
 
 def toy_format(name, tokens_per_page):
-    return PageFormat(name, 4, 16, Rotation.IDENTITY, tokens_per_page, quantised=False)
+    return PageFormat(name, Kind.SLOTS, 4, 16, Rotation.IDENTITY, tokens_per_page)
 
 
 TOY_FORMATS = (toy_format("a", 4), toy_format("b", 2), toy_format("c", 1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cuda_host import process as host
 
-from mdkv_vllm.core.formats import FormatSet, PageFormat, Rotation
+from mdkv_vllm.core.formats import FormatSet, Kind, PageFormat, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.cuda.decode import CudaDecode
 from mdkv_vllm.kernels.cuda.library import CudaKernelError, library
@@ -151,7 +151,7 @@ def test_a_plan_leaves_another_shape_its_shared_memory(process):
 
 def with_format(layout, **changes):
     """A layout whose only format is changed to one that no name gives."""
-    fmt = PageFormat("odd", 64, 8, Rotation.HADAMARD, 31, quantised=True)
+    fmt = PageFormat("odd", Kind.CODES, 64, 8, Rotation.HADAMARD, 31)
     return replace(layout, formats=FormatSet((replace(fmt, **changes),), False))
 
 

@@ -36,9 +36,9 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"{major}{minor}{'a' if major == 9 else ''}"
 
 
-def is_current(library: Path, sources: Path) -> bool:
+def is_current(library: Path, *sources: Path) -> bool:
     """Whether a library is newer than everything that it is made of."""
-    newest = max(path.stat().st_mtime for path in sources.iterdir())
+    newest = max(path.stat().st_mtime for folder in sources for path in folder.iterdir())
     return library.exists() and library.stat().st_mtime > newest
 
 
@@ -51,7 +51,7 @@ def build(compilers: int) -> Iterator[Row]:
     began = time.monotonic()
     if named := os.environ.get(PREBUILT):
         text = f"taken from {named}"
-    elif is_current(cuda.LIBRARY, ROOT / "csrc" / "cuda"):
+    elif is_current(cuda.LIBRARY, ROOT / "csrc" / "cuda", ROOT / "csrc" / "common"):
         text = "built earlier"
     else:
         done = subprocess.run(

@@ -72,7 +72,7 @@ class CpuKernels:
     def _allocate_pool(
         self, losses: torch.Tensor, formats: FormatSet, num_pages: int
     ) -> Allocation:
-        capacity = format_table(formats)[:, 3].long()
+        capacity = torch.tensor([f.tokens_per_page for f in formats.formats])
         return Allocation(
             *torch.ops.mdkv.allocate(losses.contiguous(), capacity, formats.drop, num_pages)
         )
@@ -90,7 +90,7 @@ class CpuKernels:
         torch.ops.mdkv.pack_layer(
             [keys for keys, _ in vectors],
             [values for _, values in vectors],
-            format_table(formats),
+            format_table(formats.formats),
             choice,
             pages[int(first_page) :],
             geometry.dtype,

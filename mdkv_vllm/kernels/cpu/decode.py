@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mdkv_vllm.core.basis import Basis, hadamard
+from mdkv_vllm.core.formats import full_format
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.cpu.formats import format_table
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
@@ -72,7 +73,7 @@ class _Tables:
 
     Attributes:
         num_kv_heads: KV heads per layer.
-        formats: int32 ``[formats, 4]``: rank, bits, rotation, tokens per page.
+        formats: their descriptors, and the tail's.
         basis_keys: per layer, float32 ``[kv_heads, rank, head_size]``; rank 0 without a basis.
         basis_values: same.
         hadamard: float32 ``[head_size, head_size]``.
@@ -99,7 +100,7 @@ class _Tables:
         keys, values = basis.rows(torch.device("cpu"))
         return cls(
             num_kv_heads=layout.num_kv_heads,
-            formats=format_table(layout.formats),
+            formats=format_table((*layout.formats.formats, full_format(layout.geometry))),
             basis_keys=keys,
             basis_values=values,
             hadamard=hadamard(head_size).contiguous(),

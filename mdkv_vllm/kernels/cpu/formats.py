@@ -7,14 +7,13 @@ from functools import cache
 import torch
 
 import mdkv_vllm.kernels.cpu  # noqa: F401  (registers the operators)
-from mdkv_vllm.core.formats import FormatSet, PageFormat, PageGeometry
+from mdkv_vllm.core.formats import PageFormat, PageGeometry
 
 
 @cache
-def format_table(formats: FormatSet) -> torch.Tensor:
-    """Formats as kernels know them: int32 ``[formats, 4]``, rank, bits, rotation, tokens a page."""
-    rows = [(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats]
-    return torch.tensor(rows, dtype=torch.int32)
+def format_table(formats: tuple[PageFormat, ...]) -> torch.Tensor:
+    """Descriptors of page formats, int32 ``[formats, fields]``; see csrc/common/page_format.h."""
+    return torch.tensor([fmt.descriptor() for fmt in formats], dtype=torch.int32)
 
 
 def pack_pages(
@@ -39,10 +38,7 @@ def pack_pages(
         keys,
         values,
         counts,
-        fmt.rank,
-        fmt.bits,
-        fmt.tokens_per_page,
+        format_table((fmt,)),
         pages,
-        element=geometry.dtype,
-        token_major=fmt.full,
+        geometry.dtype,
     )

@@ -20,7 +20,8 @@ class Consumer {
   MDKV_DEVICE void attend(int stage) {
     const uint32_t ticket = places_.tickets + stage * kTicketWords * 4;
     const int unit = static_cast<int>(load_shared32(ticket + 4 * kUnit));
-    const int index = static_cast<int>(load_shared32(ticket + 4 * kList));
+    // From one thread, so that the compiler knows that all of them take the same branches.
+    const int index = static_cast<int>(shuffle(load_shared32(ticket + 4 * kList), 0));
     const List& list = args_.lists[index];
     if (unit != unit_ || index != list_) {
       if (unit != unit_ || list.run != run_) {

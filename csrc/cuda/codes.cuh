@@ -6,10 +6,13 @@
 // vector of nothing, that is) leaves the score alone from there on: its token's weight would vanish
 // among the others' otherwise, and it counts as much as theirs.
 //
-// A code becomes a float16 by becoming bits of its mantissa: 0x6400 | code is 1024 + code, and
-// with the code `at` bits further up it is 2 ** (10 - at) + code, fine enough for zero points of
-// 7.5 and 1.5. So one logical operation converts two codes. What is added to all codes of a page is
-// taken from the products: of keys by the sum of a query, of values by the sum of the weights.
+// A code becomes a float16 by becoming bits of its mantissa, so one logical operation converts two
+// codes. Without an exponent, the mantissa is the code times a power of two (a subnormal number,
+// which products take as it is). So keys are read, each field of a byte where it lies: the power
+// joins the scale. Values of all fields and formats add up and need one unit: 0x6400 | code is
+// 1024 + code, and with the code `at` bits further up it is 2 ** (10 - at) + code. What is added to
+// all codes of a page is taken from the products: of keys by the sum of a query, of values by the
+// sum of the weights.
 #pragma once
 
 #include "pages.cuh"
@@ -28,8 +31,13 @@ MDKV_BOTH constexpr float code_zero(int bits) {
   return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f;
 }
 
-// What a converted code for zero is.
-MDKV_BOTH constexpr float code_bias(int bits, int field) {
+// The power of two that a key's code is multiplied by.
+MDKV_BOTH constexpr float key_unit(int bits, int field) {
+  return static_cast<float>(1 << field * bits) / (1 << 24);
+}
+
+// What a converted code for zero of values is.
+MDKV_BOTH constexpr float value_bias(int bits, int field) {
   return static_cast<float>(1 << (10 - code_place(bits, field))) + code_zero(bits);
 }
 
@@ -42,9 +50,16 @@ MDKV_DEVICE void add_column_sums(float (&sums)[4], const uint32_t (&right)[2]) {
   multiply_float16(sums, ones, right);
 }
 
-// One code of the low or the high byte of each half of a word, as two float16 plus their bias.
+// One key's code of the low or the high byte of each half of a word, as two float16 in key_unit.
 template <int kBits, int kField, int kHigh>
-MDKV_DEVICE uint32_t unpack(uint32_t word) {
+MDKV_DEVICE uint32_t unpack_keys(uint32_t word) {
+  constexpr uint32_t kMask = twice(((1u << kBits) - 1) << kField * kBits);
+  return (kHigh ? word >> 8 : word) & kMask;
+}
+
+// The same of values, plus their bias.
+template <int kBits, int kField, int kHigh>
+MDKV_DEVICE uint32_t unpack_values(uint32_t word) {
   if (kBits == 8) return permute_bytes(word, 0x64646464u, kHigh ? 0x4341 : 0x4240);
   constexpr int kPlace = code_place(kBits, kField);
   constexpr int kShift = kHigh * 8 + kField * kBits - kPlace;
@@ -55,10 +70,18 @@ MDKV_DEVICE uint32_t unpack(uint32_t word) {
   return mask_and_set(moved, kMask, kMagic);
 }
 
-// Four bytes that start anywhere.
-MDKV_DEVICE uint32_t load_bytes(uint32_t at) {
-  const uint32_t aligned = at & ~3u;
-  return funnel_right(load_shared32(aligned), load_shared32(aligned + 4), (at & 3u) * 8);
+// Where four bytes start that may lie across two words: the first word, and the bits in front of
+// them (modulo 32).
+struct Bytes {
+  uint32_t word, shift;
+};
+
+MDKV_DEVICE Bytes bytes_at(uint32_t at) { return {at & ~3u, at * 8}; }
+
+// Four bytes `further` on, a multiple of 4: no shift is computed again.
+MDKV_DEVICE uint32_t load_bytes(const Bytes& bytes, uint32_t further) {
+  const uint32_t word = bytes.word + further;
+  return funnel_right(load_shared32(word), load_shared32(word + 4), bytes.shift);
 }
 
 // Of four rows, four bytes each, to the words that ldmatrix would give: words[half][pair of rows],
@@ -116,23 +139,25 @@ MDKV_DEVICE void score_codes(float (&scores)[8 / kBits][2][4], const Query<D>& q
   const int steps = (quarter + 3) / 4;
   const int key_row = opaque(list.key_row);
   const uint32_t column = page.at + first + page.lane / 4 * 4;
-  uint32_t at[4];
+  Bytes bytes[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) at[i] = column + (page.lane % 4 * quarter + i) * key_row;
+  for (int i = 0; i < 4; ++i) {
+    bytes[i] = bytes_at(column + (page.lane % 4 * quarter + i) * key_row);
+  }
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     if (step >= steps) break;
     uint32_t rows[4], words[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(at[i] + 4 * step * key_row);
+    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(bytes[i], 4 * step * key_row);
     pair_rows(words, rows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t left[4] = {
-            unpack<kBits, kField, 0>(words[half][0]), unpack<kBits, kField, 1>(words[half][0]),
-            unpack<kBits, kField, 0>(words[half][1]), unpack<kBits, kField, 1>(words[half][1])};
+            unpack_keys<kBits, kField, 0>(words[half][0]), unpack_keys<kBits, kField, 1>(words[half][0]),
+            unpack_keys<kBits, kField, 0>(words[half][1]), unpack_keys<kBits, kField, 1>(words[half][1])};
         multiply_float16(scores[kField][half], left, query.words[step]);
       });
     }
@@ -162,8 +187,8 @@ MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t upper = words[2 * beside], lower = words[2 * beside + 1];
-        const uint32_t left[4] = {unpack<kBits, kField, 0>(upper), unpack<kBits, kField, 1>(upper),
-                                  unpack<kBits, kField, 0>(lower), unpack<kBits, kField, 1>(lower)};
+        const uint32_t left[4] = {unpack_values<kBits, kField, 0>(upper), unpack_values<kBits, kField, 1>(upper),
+                                  unpack_values<kBits, kField, 0>(lower), unpack_values<kBits, kField, 1>(lower)};
         multiply_float16(state.values[kField * kPerField + chunk + beside], left, weights);
       });
     }
@@ -178,45 +203,48 @@ MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const
   constexpr int kPerField = (D / kFields + 31) / 32 * 2;
   const int value_row = opaque(list.value_row);
   const uint32_t values = page.at + list.values_at + page.lane / 4 * 4;
+  Bytes bytes[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bytes[i] = bytes_at(values + tokens[i] * value_row);
 #pragma unroll
   for (int first = 0; first < D / kFields; first += kColumns) {
     if (first >= list.value_row) break;
     uint32_t rows[4], words[2][2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(values + tokens[i] * value_row + first);
+    for (int i = 0; i < 4; ++i) rows[i] = load_bytes(bytes[i], first);
     pair_rows(words, rows);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t upper = words[half][0], lower = words[half][1];
-        const uint32_t left[4] = {unpack<kBits, kField, 0>(upper), unpack<kBits, kField, 1>(upper),
-                                  unpack<kBits, kField, 0>(lower), unpack<kBits, kField, 1>(lower)};
+        const uint32_t left[4] = {unpack_values<kBits, kField, 0>(upper), unpack_values<kBits, kField, 1>(upper),
+                                  unpack_values<kBits, kField, 0>(lower), unpack_values<kBits, kField, 1>(lower)};
         multiply_float16(state.values[kField * kPerField + first / 16 + half], left, weights);
       });
     }
   }
 }
 
-// The token of row g (+ 8 if `lower`) of product (field, half): that in byte column 4 g + 2 half
-// (+ 1). Offset of its scale of K; that of V lies tokens_per_page scales further.
-struct CodeToken {
-  uint32_t scale_at;
-  bool exists;
+// The four tokens of a field that a thread has, one after the other: in byte columns 4 g and on,
+// rows g and g + 8 of a product, then of the next. How many exist, and where their scales of K
+// start; those of V lie tokens_per_page scales further. What is read of scales that do not exist is
+// not used; they lie less than 64 bytes behind those that do, in the shared memory of the warp.
+struct CodeTokens {
+  uint32_t scales_at;
+  int exist;
 };
 
-MDKV_DEVICE CodeToken code_token(const Page& page, const List& list, int first, int product,
-                                 int lower) {
-  const int column = first + page.lane / 4 * 4 + product % 2 * 2 + lower;
-  const int token = product / 2 * list.key_row + column;
-  const int last = list.tokens_per_page - 1;
-  return {page.at + list.scales_at + 2 * (token < last ? token : last),
-          column < list.key_row && token < page.tokens};
+MDKV_DEVICE CodeTokens code_tokens(const Page& page, const List& list, int first, int field) {
+  const int column = first + page.lane / 4 * 4;
+  const int token = field * list.key_row + column;
+  const int in_row = list.key_row - column, in_page = page.tokens - token;
+  return {page.at + list.scales_at + 2 * token, in_row < in_page ? in_row : in_page};
 }
 
 // bfloat16 bits of a token's scale of V; 0 where it does not exist.
-MDKV_DEVICE uint32_t value_scale(const CodeToken& token, const List& list) {
-  return token.exists ? load_shared16(token.scale_at + 2 * list.tokens_per_page) : 0;
+MDKV_DEVICE uint32_t value_scale(const CodeTokens& tokens, int i, const List& list) {
+  return i < tokens.exist ? load_shared16(tokens.scales_at + 2 * (list.tokens_per_page + i)) : 0;
 }
 
 // The part of a scale of V that joins the score, from its bfloat16 bits.
@@ -233,18 +261,19 @@ MDKV_DEVICE void finish_scores(State<D>& state, float (&scores)[8 / kBits][2][4]
   float highest[2] = {kNothing, kNothing};
   for_fields<0, 8 / kBits>([&](auto constant) {
     constexpr int kField = decltype(constant)::value;
+    constexpr float kUnit = key_unit(kBits, kField);
+    const float scale = page.scale / kUnit;
+    const CodeTokens tokens = code_tokens(page, list, first, kField);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int half = i / 2, lower = i % 2;
-      const CodeToken token = code_token(page, list, first, 2 * kField + half, lower);
       // A bfloat16 is the upper half of a float.
-      const float key_scale = as_float(load_shared16(token.scale_at) << 16) * page.scale;
-      const int exponent = value_exponent(value_scale(token, list));
+      const float key_scale = as_float(load_shared16(tokens.scales_at + 2 * i) << 16) * scale;
+      const int exponent = value_exponent(value_scale(tokens, i, list));
 #pragma unroll
       for (int head = 0; head < 2; ++head) {
-        float& score = scores[kField][half][2 * lower + head];
-        const float centred = score - query.sum[head] * code_bias(kBits, kField);
-        score = token.exists ? centred * key_scale + static_cast<float>(exponent) : kNothing;
+        float& score = scores[kField][i / 2][i % 2 * 2 + head];
+        const float centred = score - query.sum[head] * (code_zero(kBits) * kUnit);
+        score = i < tokens.exist ? centred * key_scale + static_cast<float>(exponent) : kNothing;
         highest[head] = fmaxf(highest[head], score);
       }
     }
@@ -256,11 +285,12 @@ MDKV_DEVICE void finish_scores(State<D>& state, float (&scores)[8 / kBits][2][4]
 template <int D>
 MDKV_DEVICE void weigh(State<D>& state, uint32_t (&weights)[2], const float (&scores)[4],
                        const Page& page, const List& list, int first, int product) {
+  const CodeTokens tokens = code_tokens(page, list, first, product / 2);
   uint32_t packed[2];
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
     // Read again rather than kept: registers are scarcer.
-    const uint32_t bits = value_scale(code_token(page, list, first, product, lower), list);
+    const uint32_t bits = value_scale(tokens, product % 2 * 2 + lower, list);
     const float unscaled = as_float(static_cast<uint32_t>(127 - value_exponent(bits)) << 23);
     const float fraction = as_float(bits << 16) * unscaled;
     float weight[2];
@@ -283,7 +313,7 @@ MDKV_DEVICE void centre_values(State<D>& state, const float (&sums)[4], const Li
   constexpr int kAligned = (D / kFields + 15) / 16, kAny = (D / kFields + 31) / 32 * 2;
   for_fields<0, kFields>([&](auto constant) {
     constexpr int kField = decltype(constant)::value;
-    const float bias[2] = {sums[0] * code_bias(kBits, kField), sums[1] * code_bias(kBits, kField)};
+    const float bias[2] = {sums[0] * value_bias(kBits, kField), sums[1] * value_bias(kBits, kField)};
     if (list.aligned) {
       // A shorter list of the same run leaves the tiles behind its rows alone.
 #pragma unroll

@@ -132,7 +132,7 @@ MDKV_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select)
   return __byte_perm(low, high, select);
 }
 
-// The low word of high:low shifted right by `shift` < 32 bits.
+// The low word of high:low shifted right by `shift` % 32 bits.
 MDKV_DEVICE uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
   return __funnelshift_r(low, high, shift);
 }

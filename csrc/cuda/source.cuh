@@ -117,8 +117,32 @@ class PageSource {
  private:
   // Starts the copy of chunks that lie one after the other, each swizzled to its place.
   MDKV_DEVICE void copy_section(uint32_t to, const uint8_t* from, int chunks, int swizzle) const {
-    for (int n = lane_; n < chunks; n += 32) {
-      copy_async(to + swizzled(n, swizzle) * kChunk, from + n * kChunk);
+    if (swizzle == kNoSwizzle) {
+      copy_chunks<false>(to, from, chunks, swizzle);
+    } else {
+      copy_chunks<true>(to, from, chunks, swizzle);
+    }
+  }
+
+  // All threads go around equally often: a warp runs the remainder of one thread for all.
+  template <bool kSwizzled>
+  MDKV_DEVICE void copy_chunks(uint32_t to, const uint8_t* from, int chunks, int swizzle) const {
+    constexpr int kAround = 4 * 32;  // chunks at a time
+    int n = lane_, left = chunks - lane_;
+    uint32_t straight = to + n * kChunk;
+    from += n * kChunk;
+#pragma unroll 1
+    for (int around = 0; around < chunks; around += kAround) {
+#pragma unroll
+      for (int further = 0; further < kAround; further += 32) {
+        const uint32_t place = kSwizzled ? to + swizzled(n + further, swizzle) * kChunk
+                                         : straight + further * kChunk;
+        if (further < left) copy_async(place, from + further * kChunk);
+      }
+      n += kAround;
+      left -= kAround;
+      straight += kAround * kChunk;
+      from += kAround * kChunk;
     }
   }
 

@@ -65,7 +65,7 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select) {
 }
 
 inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
-  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> shift);
+  return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> shift % 32);
 }
 
 uint32_t pack_float16x2(float low, float high);

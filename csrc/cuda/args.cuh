@@ -45,6 +45,9 @@ struct List {
   int32_t value_swizzle;
 };
 
+// What 1 stands for in the accumulators of weighted codes.
+constexpr float kCodeUnit = 1 << 20;
+
 // Lists one after the other whose weighted values add up as they are: in one space, and in the
 // same places of the accumulator.
 struct Run {
@@ -53,6 +56,7 @@ struct Run {
   int32_t fields;  // codes per byte; 0 where values are elements
   int32_t value_row;
   int32_t aligned;
+  float unit;  // what 1 stands for in its accumulators
 };
 
 struct DecodeArgs {

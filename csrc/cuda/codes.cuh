@@ -6,13 +6,11 @@
 // vector of nothing, that is) leaves the score alone from there on: its token's weight would vanish
 // among the others' otherwise, and it counts as much as theirs.
 //
-// A code becomes a float16 by becoming bits of its mantissa, so one logical operation converts two
-// codes. Without an exponent, the mantissa is the code times a power of two (a subnormal number,
-// which products take as it is). So keys are read, each field of a byte where it lies: the power
-// joins the scale. Values of all fields and formats add up and need one unit: 0x6400 | code is
-// 1024 + code, and with the code `at` bits further up it is 2 ** (10 - at) + code. What is added to
-// all codes of a page is taken from the products: of keys by the sum of a query, of values by the
-// sum of the weights.
+// A code becomes a float16 where it lies, by having nothing beside it: a subnormal number, the code
+// times a power of two, which tensor cores take as it is. So one logical operation converts two
+// codes. Of keys, the power joins the scale; values of all fields and formats add up, so theirs
+// joins the weights. The zero point leaves with the products: of keys by the sum of a query, of
+// values by the sum of the weights.
 #pragma once
 
 #include "pages.cuh"
@@ -22,23 +20,13 @@ namespace mdkv {
 constexpr int kColumns = 32;  // bytes of every row that are read at a time
 constexpr int kLeastExponent = -40;
 
-// Where a field's codes go in each half of a word.
-MDKV_BOTH constexpr int code_place(int bits, int field) {
-  return bits == 8 ? 0 : (field == 0 ? bits : field * bits);
-}
-
 MDKV_BOTH constexpr float code_zero(int bits) {
   return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f;
 }
 
-// The power of two that a key's code is multiplied by.
-MDKV_BOTH constexpr float key_unit(int bits, int field) {
+// What a code of 1 is as a float16.
+MDKV_BOTH constexpr float code_one(int bits, int field) {
   return static_cast<float>(1 << field * bits) / (1 << 24);
-}
-
-// What a converted code for zero of values is.
-MDKV_BOTH constexpr float value_bias(int bits, int field) {
-  return static_cast<float>(1 << (10 - code_place(bits, field))) + code_zero(bits);
 }
 
 MDKV_BOTH constexpr uint32_t twice(uint32_t half) { return half << 16 | half; }
@@ -50,24 +38,12 @@ MDKV_DEVICE void add_column_sums(float (&sums)[4], const uint32_t (&right)[2]) {
   multiply_float16(sums, ones, right);
 }
 
-// One key's code of the low or the high byte of each half of a word, as two float16 in key_unit.
+// One code of the low or the high byte of each half of a word, as two float16.
 template <int kBits, int kField, int kHigh>
-MDKV_DEVICE uint32_t unpack_keys(uint32_t word) {
+MDKV_DEVICE uint32_t unpack(uint32_t word) {
+  if (kBits == 8) return permute_bytes(word, 0, kHigh ? 0x4341 : 0x4240);
   constexpr uint32_t kMask = twice(((1u << kBits) - 1) << kField * kBits);
   return (kHigh ? word >> 8 : word) & kMask;
-}
-
-// The same of values, plus their bias.
-template <int kBits, int kField, int kHigh>
-MDKV_DEVICE uint32_t unpack_values(uint32_t word) {
-  if (kBits == 8) return permute_bytes(word, 0x64646464u, kHigh ? 0x4341 : 0x4240);
-  constexpr int kPlace = code_place(kBits, kField);
-  constexpr int kShift = kHigh * 8 + kField * kBits - kPlace;
-  constexpr uint32_t kMask = twice(((1u << kBits) - 1) << kPlace);
-  constexpr uint32_t kMagic = twice(static_cast<uint32_t>(25 - kPlace) << 10);
-  const uint32_t moved =
-      kShift >= 0 ? word >> (kShift >= 0 ? kShift : 0) : word << (kShift >= 0 ? 0 : -kShift);
-  return mask_and_set(moved, kMask, kMagic);
 }
 
 // Where four bytes start that may lie across two words: the first word, and the bits in front of
@@ -156,12 +132,27 @@ MDKV_DEVICE void score_codes(float (&scores)[8 / kBits][2][4], const Query<D>& q
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t left[4] = {
-            unpack_keys<kBits, kField, 0>(words[half][0]), unpack_keys<kBits, kField, 1>(words[half][0]),
-            unpack_keys<kBits, kField, 0>(words[half][1]), unpack_keys<kBits, kField, 1>(words[half][1])};
+            unpack<kBits, kField, 0>(words[half][0]), unpack<kBits, kField, 1>(words[half][0]),
+            unpack<kBits, kField, 0>(words[half][1]), unpack<kBits, kField, 1>(words[half][1])};
         multiply_float16(scores[kField][half], left, query.words[step]);
       });
     }
   }
+}
+
+// Weights for the codes of every field, whose products with them are in units of kCodeUnit.
+template <int kBits>
+MDKV_DEVICE void weigh_fields(uint32_t (&right)[8 / kBits][2], const uint32_t (&weights)[2]) {
+  for_fields<0, 8 / kBits>([&](auto field) {
+    constexpr int kField = decltype(field)::value;
+    constexpr float kFactor = 1 / (kCodeUnit * code_one(kBits, kField));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      right[kField][i] = kFactor == 1
+                             ? weights[i]
+                             : multiply_float16x2(weights[i], pack_float16x2(kFactor, kFactor));
+    }
+  });
 }
 
 // Adds the weighted values of 16 tokens, of which this thread names rows for two matrices.
@@ -173,6 +164,8 @@ MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2
   const int chunks = list.value_row / kChunk;
   const uint32_t values = page.at + list.values_at;
   const int first = token * chunks;
+  uint32_t right[kFields][2];
+  weigh_fields<kBits>(right, weights);
 #pragma unroll
   for (int chunk = 0; chunk < kPerField; chunk += 2) {
     if (chunk >= chunks) break;
@@ -187,9 +180,9 @@ MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t upper = words[2 * beside], lower = words[2 * beside + 1];
-        const uint32_t left[4] = {unpack_values<kBits, kField, 0>(upper), unpack_values<kBits, kField, 1>(upper),
-                                  unpack_values<kBits, kField, 0>(lower), unpack_values<kBits, kField, 1>(lower)};
-        multiply_float16(state.values[kField * kPerField + chunk + beside], left, weights);
+        const uint32_t left[4] = {unpack<kBits, kField, 0>(upper), unpack<kBits, kField, 1>(upper),
+                                  unpack<kBits, kField, 0>(lower), unpack<kBits, kField, 1>(lower)};
+        multiply_float16(state.values[kField * kPerField + chunk + beside], left, right[kField]);
       });
     }
   }
@@ -206,6 +199,8 @@ MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const
   Bytes bytes[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) bytes[i] = bytes_at(values + tokens[i] * value_row);
+  uint32_t right[kFields][2];
+  weigh_fields<kBits>(right, weights);
 #pragma unroll
   for (int first = 0; first < D / kFields; first += kColumns) {
     if (first >= list.value_row) break;
@@ -218,33 +213,34 @@ MDKV_DEVICE void add_values(State<D>& state, const uint32_t (&weights)[2], const
       for_fields<0, kFields>([&](auto field) {
         constexpr int kField = decltype(field)::value;
         const uint32_t upper = words[half][0], lower = words[half][1];
-        const uint32_t left[4] = {unpack_values<kBits, kField, 0>(upper), unpack_values<kBits, kField, 1>(upper),
-                                  unpack_values<kBits, kField, 0>(lower), unpack_values<kBits, kField, 1>(lower)};
-        multiply_float16(state.values[kField * kPerField + first / 16 + half], left, weights);
+        const uint32_t left[4] = {unpack<kBits, kField, 0>(upper), unpack<kBits, kField, 1>(upper),
+                                  unpack<kBits, kField, 0>(lower), unpack<kBits, kField, 1>(lower)};
+        multiply_float16(state.values[kField * kPerField + first / 16 + half], left, right[kField]);
       });
     }
   }
 }
 
 // The four tokens of a field that a thread has, one after the other: in byte columns 4 g and on,
-// rows g and g + 8 of a product, then of the next. How many exist, and where their scales of K
-// start; those of V lie tokens_per_page scales further. What is read of scales that do not exist is
-// not used; they lie less than 64 bytes behind those that do, in the shared memory of the warp.
+// rows g and g + 8 of a product, then of the next. How many exist, and where their scales start.
+// Scales of K that do not exist are read as well, and not used: they lie less than 64 bytes behind
+// the page, in the warp's shared memory.
 struct CodeTokens {
-  uint32_t scales_at;
   int exist;
+  uint32_t key_scales, value_scales;
 };
 
 MDKV_DEVICE CodeTokens code_tokens(const Page& page, const List& list, int first, int field) {
   const int column = first + page.lane / 4 * 4;
   const int token = field * list.key_row + column;
   const int in_row = list.key_row - column, in_page = page.tokens - token;
-  return {page.at + list.scales_at + 2 * token, in_row < in_page ? in_row : in_page};
+  const uint32_t scales = page.at + list.scales_at + 2 * token;
+  return {in_row < in_page ? in_row : in_page, scales, scales + 2 * list.tokens_per_page};
 }
 
 // bfloat16 bits of a token's scale of V; 0 where it does not exist.
-MDKV_DEVICE uint32_t value_scale(const CodeTokens& tokens, int i, const List& list) {
-  return i < tokens.exist ? load_shared16(tokens.scales_at + 2 * (list.tokens_per_page + i)) : 0;
+MDKV_DEVICE uint32_t value_scale(const CodeTokens& tokens, int i) {
+  return i < tokens.exist ? load_shared16(tokens.value_scales + 2 * i) : 0;
 }
 
 // The part of a scale of V that joins the score, from its bfloat16 bits.
@@ -258,21 +254,21 @@ template <int D, int kBits>
 MDKV_DEVICE void finish_scores(State<D>& state, float (&scores)[8 / kBits][2][4],
                                const Query<D>& query, const Page& page, const List& list,
                                int first) {
-  float highest[2] = {kNothing, kNothing};
+  float highest[2] = {state.maximum[0], state.maximum[1]};
   for_fields<0, 8 / kBits>([&](auto constant) {
     constexpr int kField = decltype(constant)::value;
-    constexpr float kUnit = key_unit(kBits, kField);
-    const float scale = page.scale / kUnit;
+    constexpr float kOne = code_one(kBits, kField);
+    const float scale = page.scale / kOne;
     const CodeTokens tokens = code_tokens(page, list, first, kField);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // A bfloat16 is the upper half of a float.
-      const float key_scale = as_float(load_shared16(tokens.scales_at + 2 * i) << 16) * scale;
-      const int exponent = value_exponent(value_scale(tokens, i, list));
+      const float key_scale = as_float(load_shared16(tokens.key_scales + 2 * i) << 16) * scale;
+      const int exponent = value_exponent(value_scale(tokens, i));
 #pragma unroll
       for (int head = 0; head < 2; ++head) {
         float& score = scores[kField][i / 2][i % 2 * 2 + head];
-        const float centred = score - query.sum[head] * (code_zero(kBits) * kUnit);
+        const float centred = score - query.sum[head] * (code_zero(kBits) * kOne);
         score = i < tokens.exist ? centred * key_scale + static_cast<float>(exponent) : kNothing;
         highest[head] = fmaxf(highest[head], score);
       }
@@ -290,7 +286,7 @@ MDKV_DEVICE void weigh(State<D>& state, uint32_t (&weights)[2], const float (&sc
 #pragma unroll
   for (int lower = 0; lower < 2; ++lower) {
     // Read again rather than kept: registers are scarcer.
-    const uint32_t bits = value_scale(tokens, product % 2 * 2 + lower, list);
+    const uint32_t bits = value_scale(tokens, product % 2 * 2 + lower);
     const float unscaled = as_float(static_cast<uint32_t>(127 - value_exponent(bits)) << 23);
     const float fraction = as_float(bits << 16) * unscaled;
     float weight[2];
@@ -305,26 +301,27 @@ MDKV_DEVICE void weigh(State<D>& state, uint32_t (&weights)[2], const float (&sc
   turn_weights(weights, packed[0], packed[1]);
 }
 
-// Takes the codes' bias from what add_aligned_values or add_values has added, given the sums of its
+// Takes the zero point from what add_aligned_values or add_values has added, given the sums of its
 // weights per head.
 template <int D, int kBits>
 MDKV_DEVICE void centre_values(State<D>& state, const float (&sums)[4], const List& list) {
   constexpr int kFields = 8 / kBits;
   constexpr int kAligned = (D / kFields + 15) / 16, kAny = (D / kFields + 31) / 32 * 2;
+  constexpr float kZero = code_zero(kBits) / kCodeUnit;
+  const float zero[2] = {sums[0] * kZero, sums[1] * kZero};
   for_fields<0, kFields>([&](auto constant) {
     constexpr int kField = decltype(constant)::value;
-    const float bias[2] = {sums[0] * value_bias(kBits, kField), sums[1] * value_bias(kBits, kField)};
     if (list.aligned) {
       // A shorter list of the same run leaves the tiles behind its rows alone.
 #pragma unroll
       for (int tile = 0; tile < kAligned; ++tile) {
         if (tile * kChunk >= list.value_row) break;
-        subtract_from_tile(state, kField * kAligned + tile, bias);
+        subtract_from_tile(state, kField * kAligned + tile, zero);
       }
     } else {
 #pragma unroll
       for (int tile = 0; tile < kAny; ++tile) {
-        subtract_from_tile(state, kField * kAny + tile, bias);
+        subtract_from_tile(state, kField * kAny + tile, zero);
       }
     }
   });

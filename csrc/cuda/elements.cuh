@@ -114,7 +114,7 @@ MDKV_DEVICE void attend_elements(State<D>& state, const Query<D>& query, const P
       }
       multiply<kBFloat16>(scores, left, query.words[step]);
     }
-    float highest[2] = {kNothing, kNothing};
+    float highest[2] = {state.maximum[0], state.maximum[1]};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool exists = first + i / 2 * 8 + page.lane / 4 < page.tokens;

@@ -120,14 +120,6 @@ MDKV_DEVICE void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const 
 }
 
 // Four of the eight bytes of high:low, each named by a digit of `select`.
-// (x & mask) | bits in one instruction. A compiler that knows both as numbers takes two: an
-// instruction has room for one.
-MDKV_DEVICE uint32_t mask_and_set(uint32_t x, uint32_t mask, uint32_t bits) {
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
-  return result;
-}
-
 MDKV_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select) {
   return __byte_perm(low, high, select);
 }
@@ -141,6 +133,12 @@ MDKV_DEVICE uint32_t pack_float16x2(float low, float high) {
   uint32_t packed;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
   return packed;
+}
+
+MDKV_DEVICE uint32_t multiply_float16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 MDKV_DEVICE uint32_t pack_bfloat16x2(float low, float high) {

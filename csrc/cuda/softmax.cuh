@@ -45,14 +45,15 @@ MDKV_DEVICE void subtract_from_tile(State<D>& state, int tile, const float (&of_
   for (int i = 0; i < 4; ++i) state.values[tile][i] -= of_head[i % 2];
 }
 
-// Raises the maxima to those of new scores, of which this thread's are at most `highest`.
+// Raises the maxima to those of new scores: `highest` is the maximum so far or a score of this
+// thread that is higher.
 template <int D>
 MDKV_DEVICE void raise_maximum(State<D>& state, const float (&highest)[2]) {
   float factor[2];
   bool raised = false;
 #pragma unroll
   for (int head = 0; head < 2; ++head) {
-    float top = fmaxf(state.maximum[head], highest[head]);
+    float top = highest[head];
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) {
       top = fmaxf(top, as_float(shuffle_xor(as_bits(top), mask)));
@@ -98,7 +99,7 @@ MDKV_DEVICE void store_part(const DecodeArgs& args, State<D>& state, int unit, i
     float weight = state.weight[head];
 #pragma unroll
     for (int mask = 4; mask < 32; mask *= 2) weight += as_float(shuffle_xor(as_bits(weight), mask));
-    scale[head] = reciprocal_approximate(weight);
+    scale[head] = reciprocal_approximate(weight) * args.runs[run].unit;
     const int row = lane % 4 * 2 + head;
     if (lane < 4 && row < heads) {
       args.part_lse[slot * args.rows + row] = state.maximum[head] + log2_approximate(weight);

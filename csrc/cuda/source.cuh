@@ -135,8 +135,8 @@ class PageSource {
     for (int around = 0; around < chunks; around += kAround) {
 #pragma unroll
       for (int further = 0; further < kAround; further += 32) {
-        const uint32_t place = kSwizzled ? to + swizzled(n + further, swizzle) * kChunk
-                                         : straight + further * kChunk;
+        const uint32_t place =
+            kSwizzled ? to + swizzled(n + further, swizzle) * kChunk : straight + further * kChunk;
         if (further < left) copy_async(place, from + further * kChunk);
       }
       n += kAround;

@@ -80,9 +80,10 @@ inline List format_list(const mdkv_shape& shape, const mdkv_format& format) {
 
 // Where a list's weighted values are accumulated.
 inline Run run_of(const mdkv_shape& shape, const List& list) {
-  Run run = {list.rotation, list.rank, 0, list.value_row, 1};
+  Run run = {list.rotation, list.rank, 0, list.value_row, 1, 1.0f};
   if (list.reader != kCodes) return run;
   run.fields = 8 / list.bits;
+  run.unit = kCodeUnit;
   run.aligned = list.aligned;
   if (run.aligned && list.rank == shape.head_size && list.rank % (16 * run.fields) == 0) {
     // The fields of all bytes then lie one after the other, like whole bytes.

@@ -54,7 +54,6 @@ uint32_t transpose_matrix(uint32_t m);
 void multiply_float16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void multiply_bfloat16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 
-inline uint32_t mask_and_set(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t select) {
   const uint64_t pool = uint64_t{high} << 32 | low;
   uint32_t chosen = 0;
@@ -71,6 +70,10 @@ inline uint32_t funnel_right(uint32_t low, uint32_t high, uint32_t shift) {
 uint32_t pack_float16x2(float low, float high);
 uint32_t pack_bfloat16x2(float low, float high);
 float float_of_float16(uint32_t bits);
+inline uint32_t multiply_float16x2(uint32_t a, uint32_t b) {
+  return pack_float16x2(float_of_float16(a) * float_of_float16(b),
+                        float_of_float16(a >> 16) * float_of_float16(b >> 16));
+}
 
 // A GPU's flushes to zero what is not normal.
 inline float exp2_approximate(float x) { return x < -126 ? 0 : std::exp2(x); }

@@ -170,7 +170,7 @@ MDKV_DEVICE void add_aligned_values(State<D>& state, const uint32_t (&weights)[2
   for (int chunk = 0; chunk < kPerField; chunk += 2) {
     if (chunk >= chunks) break;
     // Threads of the upper 16 name the next chunk, if there is one.
-    const int next = chunk + page.lane / 16 < chunks ? page.lane / 16 : 0;
+    const int next = chunk + 1 < chunks ? page.lane / 16 : 0;
     uint32_t words[4];
     load_matrices_transposed(words,
                              values + swizzled(first + chunk + next, list.value_swizzle) * kChunk);
@@ -346,27 +346,32 @@ MDKV_DEVICE void attend_codes(State<D>& state, const Query<D>& query, const Page
     for (int product = 0; product < kProducts; ++product) {
       add_column_sums(sums, weights[product]);
     }
-    // One copy of the code for all products: its registers and its size would be too many.
+    // One copy of the code for all fields: its registers and its size would be too many.
+    int start = first;
 #pragma unroll 1
-    for (int product = 0; product < kProducts; ++product) {
-      const int start = product / 2 * list.key_row + first + product % 2 * 2;
-      if (list.aligned) {
-        const int token = start + page.lane % 8 * 4 + page.lane / 8 % 2;
-        add_aligned_values<D, kBits>(state, weights[0], page, list, token < last ? token : last);
-      } else {
-        int tokens[4];
+    for (int field = 0; field < 8 / kBits; ++field) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int token = start + (page.lane % 4 * 2 + i % 2) * 4 + i / 2;
-          tokens[i] = token < last ? token : last;
+      for (int half = 0; half < 2; ++half) {
+        if (list.aligned) {
+          const int token = start + 2 * half + page.lane % 8 * 4 + page.lane / 8 % 2;
+          add_aligned_values<D, kBits>(state, weights[half], page, list,
+                                       token < last ? token : last);
+        } else {
+          int tokens[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int token = start + 2 * half + (page.lane % 4 * 2 + i % 2) * 4 + i / 2;
+            tokens[i] = token < last ? token : last;
+          }
+          add_values<D, kBits>(state, weights[half], page, list, tokens);
         }
-        add_values<D, kBits>(state, weights[0], page, list, tokens);
       }
-      // The next product's move up: arrays in registers have no other index.
+      start += list.key_row;
+      // The next field's move up: arrays in registers have no other index.
 #pragma unroll
-      for (int i = 0; i + 1 < kProducts; ++i) {
-        weights[i][0] = weights[i + 1][0];
-        weights[i][1] = weights[i + 1][1];
+      for (int i = 0; i + 2 < kProducts; ++i) {
+        weights[i][0] = weights[i + 2][0];
+        weights[i][1] = weights[i + 2][1];
       }
     }
     centre_values<D, kBits>(state, sums, list);

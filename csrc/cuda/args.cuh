@@ -27,7 +27,8 @@ struct List {
   int32_t rank;
   int32_t bits;
   int32_t tokens_per_page;
-  int32_t run;  // the run of lists that it is summed in
+  int32_t weight;  // of a page among others, when work is shared
+  int32_t run;     // the run of lists that it is summed in
   // Whether rows can be read by matrices, since they start at multiples of 16 bytes. Of codes,
   // those of values; keys are read otherwise anyway.
   int32_t aligned;
@@ -41,9 +42,10 @@ struct List {
   int32_t chunks;
   int32_t first_value_chunk;
   int32_t last_value_chunk;
-  int32_t key_swizzle;
-  int32_t value_swizzle;
+  int16_t key_swizzle;
+  int16_t value_swizzle;
 };
+static_assert(sizeof(List) == 64, "lists are found by a shift");
 
 // What 1 stands for in the accumulators of weighted codes.
 constexpr float kCodeUnit = 1 << 20;
@@ -84,15 +86,16 @@ struct DecodeArgs {
   int32_t warps;
   int32_t stages;
   int32_t stage_bytes;
-  float scale;  // of the scores, which are base-2 logarithms
+  int32_t min_share;  // weight that a warp takes at least
+  float scale;        // of the scores, which are base-2 logarithms
   // Workspace, in this order.
   uint16_t* queries;     // [units, kHeads, query_width]
   int32_t query_width;   // see query_offset
   int32_t record_words;  // of a unit, see below
   int32_t* records;      // [units, record_words]
-  int32_t* unit_pages;   // [units]
-  int32_t* unit_begin;   // [units], number of a unit's first page among all; unset without pages
-  int32_t* share;        // pages of a warp
+  int32_t* unit_weight;  // [units], of its pages
+  int32_t* unit_begin;   // [units], weight of all pages before a unit's; unset without pages
+  int32_t* share;        // weight of a warp's pages, see Share
   float* part_out;       // [slots, rows, head_size]
   float* part_lse;       // [slots, rows]
 };
@@ -104,9 +107,6 @@ enum Record : int32_t {
   kTailBlock = 2,
   kFirstList = 3,  // then tokens and first page of every list; the tail's first page is unused
 };
-
-// Pages that a warp takes at least: a part costs some memory traffic beside its pages.
-constexpr int kMinShare = 4;
 
 // Where queries of a space and type start in a row of `queries`: the model's space in the cache's
 // type, the basis in the cache's type, the basis in float16, the Hadamard space in float16.

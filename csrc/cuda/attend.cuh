@@ -102,10 +102,13 @@ __global__ void __launch_bounds__(32, kWarpsPerMultiprocessor<D>)
   PageSource source(args, places, share, lane);
   Consumer<D> consumer(args, places, warp, lane);
   const int ahead = args.stages - 1;
-  const int pages = share.end - share.begin;
+  int pages = 0;             // so far
   int filled = 0, read = 0;  // stages
   for (int n = 0; n < pages + ahead; ++n) {
-    if (source.has_page()) source.start_copy(filled);
+    if (source.has_page()) {
+      source.start_copy(filled);
+      ++pages;
+    }
     commit_copies();
     filled = filled + 1 < args.stages ? filled + 1 : 0;
     if (n < ahead) continue;
@@ -115,7 +118,7 @@ __global__ void __launch_bounds__(32, kWarpsPerMultiprocessor<D>)
     sync_warp();  // nobody reads the stage any more
     read = read + 1 < args.stages ? read + 1 : 0;
   }
-  if (pages > 0) consumer.finish();
+  consumer.finish();
 }
 
 }  // namespace mdkv

@@ -17,7 +17,6 @@
 
 namespace mdkv {
 
-constexpr int kColumns = 32;  // bytes of every row that are read at a time
 constexpr int kLeastExponent = -40;
 
 MDKV_BOTH constexpr float code_zero(int bits) {

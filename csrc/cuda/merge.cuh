@@ -14,10 +14,9 @@ struct Parts {
   int count;
 };
 
-// Warps that attended over pages [begin, end) of all pages.
-MDKV_DEVICE Parts parts_of(const DecodeArgs& args, int unit, int run, int begin, int end) {
-  if (begin == end) return {0, 0};
-  const int first = begin / *args.share, last = (end - 1) / *args.share;
+// Of the warps that attended over the pages between two, given where the weights of these begin.
+MDKV_DEVICE Parts parts_of(const DecodeArgs& args, int unit, int run, int begin, int last_begin) {
+  const int first = begin / *args.share, last = last_begin / *args.share;
   return {slot_of(args, unit, run, first), last - first + 1};
 }
 
@@ -28,11 +27,14 @@ MDKV_DEVICE void for_runs(const DecodeArgs& args, int unit, Body&& body) {
   int begin = args.unit_begin[unit];
   for (int list = 0; list < args.num_lists;) {
     const int run = args.lists[list].run;
-    int end = begin;
+    int end = begin, last = begin;  // where the last page begins
     for (; list < args.num_lists && args.lists[list].run == run; ++list) {
-      end += pages_of(args.lists[list], record[kFirstList + 2 * list]);
+      const List& of = args.lists[list];
+      const int pages = pages_of(of, record[kFirstList + 2 * list]);
+      end += pages * of.weight;
+      if (pages > 0) last = end - of.weight;
     }
-    body(run, parts_of(args, unit, run, begin, end));
+    body(run, begin == end ? Parts{0, 0} : parts_of(args, unit, run, begin, last));
     begin = end;
   }
 }
@@ -106,7 +108,7 @@ __global__ void __launch_bounds__(kMaxMergeThreads)
   const int space = slices * size * 4;
 
   float top = kNone, weight = 0, sum[3] = {0, 0, 0};
-  if (args.unit_pages[unit] > 0) {
+  if (args.unit_weight[unit] > 0) {
     for_runs(args, unit, [&](int, Parts parts) {
       for (int i = thread_index(); i < parts.count; i += num_threads()) {
         top = fmaxf(top, args.part_lse[(parts.first + i) * args.rows + row]);

@@ -13,6 +13,8 @@ struct IntConstant {
 
 constexpr int kNoSwizzle = 31;
 
+constexpr int kColumns = 32;  // bytes of every row of codes that are read at a time
+
 // Room behind a page for sections that start at whole groups of 8 chunks.
 constexpr int kPadding = 16 * kChunk;
 

@@ -1,4 +1,4 @@
-// The first kernel: a unit's queries in every space, its record, and its number of pages. Also
+// The first kernel: a unit's queries in every space, its record, and its pages' weight. Also
 // keeps the queries as they are, for callers that ask for it.
 #pragma once
 
@@ -35,16 +35,17 @@ MDKV_DEVICE void write_record(const DecodeArgs& args, int unit, int query, int k
     }
     record[kFirstList + 2 * list] = tokens;
     record[kFirstList + 2 * list + 1] = first_page;
-    store_shared32(scratch + 4 * list, static_cast<uint32_t>(pages_of(args.lists[list], tokens)));
+    const int weight = pages_of(args.lists[list], tokens) * args.lists[list].weight;
+    store_shared32(scratch + 4 * list, static_cast<uint32_t>(weight));
   }
   sync_block();
   if (thread_index() == 0) {
     record[kRow] = row;
     record[kFirstBlock] = first_block;
     record[kTailBlock] = tail_block;
-    uint32_t pages = 0;
-    for (int i = 0; i < args.num_lists; ++i) pages += load_shared32(scratch + 4 * i);
-    args.unit_pages[unit] = static_cast<int32_t>(pages);
+    uint32_t weight = 0;
+    for (int i = 0; i < args.num_lists; ++i) weight += load_shared32(scratch + 4 * i);
+    args.unit_weight[unit] = static_cast<int32_t>(weight);
   }
 }
 

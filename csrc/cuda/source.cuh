@@ -18,11 +18,13 @@ MDKV_DEVICE SharedPlaces shared_places(const DecodeArgs& args) {
   return {shared_begin(), zeros, zeros + kChunk};
 }
 
-// Pages [begin, end) of all pages of the batch, in the order of units, lists and pages.
+// Pages of the batch lie one after the other in the order of units, lists and pages, each as long
+// as its weight. A share is those that begin in [begin, end). Every share is as long as the others,
+// and at least as long as a page, so a run's pages are in shares one after the other.
 struct Share {
   int begin, end;
   int unit;     // in which the share begins
-  int in_unit;  // pages of it before the share
+  int in_unit;  // weight of it before the share
 };
 
 MDKV_DEVICE int warp_scan(int x, int lane) {
@@ -34,18 +36,17 @@ MDKV_DEVICE int warp_scan(int x, int lane) {
   return x;
 }
 
-// All pages have equal bytes, so equal shares of pages are equal shares of bytes.
 MDKV_DEVICE Share find_share(const DecodeArgs& args, int warp, int lane) {
   const int per_lane = (args.units + 31) / 32;
   const int first = lane * per_lane;
   int mine = 0;
   for (int i = 0; i < per_lane; ++i) {
-    if (first + i < args.units) mine += args.unit_pages[first + i];
+    if (first + i < args.units) mine += args.unit_weight[first + i];
   }
   const int until = warp_scan(mine, lane);
   const int total = static_cast<int>(shuffle(static_cast<uint32_t>(until), 31));
   int share = (total + args.warps - 1) / args.warps;
-  share = share > kMinShare ? share : kMinShare;
+  share = share > args.min_share ? share : args.min_share;
   if (warp == 0 && lane == 0) *args.share = share;
   Share found;
   found.begin = warp * share < total ? warp * share : total;
@@ -56,14 +57,14 @@ MDKV_DEVICE Share find_share(const DecodeArgs& args, int warp, int lane) {
   int holder = first_bit(ballot(found.begin < until));
   int before = static_cast<int>(shuffle(static_cast<uint32_t>(until - mine), holder));
   for (int unit = holder * per_lane;; unit += 32) {
-    const int pages = unit + lane < args.units ? args.unit_pages[unit + lane] : 0;
-    const int so_far = before + warp_scan(pages, lane);
+    const int weight = unit + lane < args.units ? args.unit_weight[unit + lane] : 0;
+    const int so_far = before + warp_scan(weight, lane);
     const uint32_t behind = ballot(found.begin < so_far);
     if (behind != 0) {
       holder = first_bit(behind);
       found.unit = unit + holder;
       found.in_unit =
-          found.begin - static_cast<int>(shuffle(static_cast<uint32_t>(so_far - pages), holder));
+          found.begin - static_cast<int>(shuffle(static_cast<uint32_t>(so_far - weight), holder));
       return found;
     }
     before = static_cast<int>(shuffle(static_cast<uint32_t>(so_far), 31));
@@ -77,14 +78,13 @@ class PageSource {
       : args_(args),
         places_(places),
         lane_(lane),
-        number_(share.begin),
+        next_(share.begin),
         end_(share.end),
-        unit_(share.unit),
-        page_(share.in_unit) {
-    if (number_ < end_) open_unit();
+        unit_(share.unit) {
+    if (next_ < end_) seek(share.in_unit);
   }
 
-  MDKV_DEVICE bool has_page() const { return number_ < end_; }
+  MDKV_DEVICE bool has_page() const { return next_ < end_; }
 
   // Starts the copy of the next page into a stage, and writes its ticket.
   MDKV_DEVICE void start_copy(int stage) {
@@ -111,7 +111,7 @@ class PageSource {
       store_shared32(ticket + 4 * kTokens, static_cast<uint32_t>(tokens));
     }
     ++page_;
-    ++number_;
+    next_ += list.weight;
   }
 
  private:
@@ -146,31 +146,42 @@ class PageSource {
     }
   }
 
-  MDKV_DEVICE void open_unit() {
-    // The merge finds a unit's parts by its first page.
-    if (page_ == 0 && lane_ == 0) args_.unit_begin[unit_] = number_;
+  // Finds the first page that begins at a weight of the unit or behind it.
+  MDKV_DEVICE void seek(int weight) {
+    if (weight == 0) begin_unit();
     list_ = 0;
     open_list();
+    while (weight >= list_pages_ * args_.lists[list_].weight) {
+      weight -= list_pages_ * args_.lists[list_].weight;
+      ++list_;
+      open_list();
+    }
+    const int of_page = args_.lists[list_].weight;
+    page_ = looked_up_ = (weight + of_page - 1) / of_page;
+    next_ += page_ * of_page - weight;
+  }
+
+  // The merge finds a unit's parts by its first page.
+  MDKV_DEVICE void begin_unit() {
+    if (lane_ == 0) args_.unit_begin[unit_] = next_;
   }
 
   MDKV_DEVICE void open_list() {
     list_tokens_ = record()[kFirstList + 2 * list_];
     list_pages_ = pages_of(args_.lists[list_], list_tokens_);
-    looked_up_ = page_;
+    page_ = looked_up_ = 0;
   }
 
-  // Leaves a list, or a unit with its last; page_ is then counted on from there.
+  // Leaves a list, or a unit with its last.
   MDKV_DEVICE void next_list() {
-    page_ -= list_pages_;
-    if (++list_ < args_.num_lists) {
-      open_list();
-      looked_up_ = page_;
-      return;
+    if (++list_ == args_.num_lists) {
+      do {
+        ++unit_;
+      } while (args_.unit_weight[unit_] == 0);
+      begin_unit();
+      list_ = 0;
     }
-    do {
-      ++unit_;
-    } while (args_.unit_pages[unit_] == 0);
-    open_unit();
+    open_list();
   }
 
   MDKV_DEVICE const int32_t* record() const {
@@ -206,7 +217,7 @@ class PageSource {
   const DecodeArgs& args_;
   const SharedPlaces& places_;
   int lane_;
-  int number_, end_;  // of the next page among all, and where the share ends
+  int next_, end_;  // where the next page begins, and where the share ends
   int unit_, list_;
   int page_;       // the next one in its list
   int looked_up_;  // pages of the list before this one have addresses

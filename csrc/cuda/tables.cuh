@@ -27,6 +27,35 @@ inline int best_swizzle(int distance) {
   return best;
 }
 
+// Of a page that takes a multiprocessor no longer than its bytes take to come.
+constexpr int kPageWeight = 8;
+
+// A warp's part costs some memory traffic beside its pages.
+constexpr int kMinPages = 4;
+
+// Instructions that a multiprocessor can issue while bytes come: 1,900 in the time of 8 KiB on an
+// H200 (on an H100, whose memory is slower, 2,740). The fewest count: where memory is slower,
+// formats differ less.
+inline int issue_slots(int64_t bytes) { return static_cast<int>(bytes * 1900 / 8192); }
+
+// Warp instructions of a full page: to within 5 % of those in the assembly for sm_90 and heads of
+// 128, more roughly for rows that start anywhere, whose elements are read one by one.
+inline int page_instructions(const List& list) {
+  const int steps = (list.rank + 15) / 16;
+  if (list.reader == kCodes) {
+    const int columns = (list.key_row + kColumns - 1) / kColumns;
+    const int fields = 8 / list.bits;
+    return 300 + columns * (100 + 180 * fields + steps * (22 + 31 * fields));
+  }
+  return 250 + (list.tokens_per_page + 15) / 16 * (100 + steps * (list.aligned ? 22 : 350));
+}
+
+// The longer of the two counts: a page's bytes come while others are attended over.
+inline int page_weight(const List& list, int64_t page_bytes) {
+  const int slots = issue_slots(page_bytes), instructions = page_instructions(list);
+  return instructions <= slots ? kPageWeight : kPageWeight * instructions / slots;
+}
+
 inline List slot_list(const mdkv_shape& shape) {
   List list = {};
   list.reader = kSlots;
@@ -149,9 +178,13 @@ inline std::string check_shape(const mdkv_shape& shape) {
 inline DecodeArgs make_args(const mdkv_shape& shape) {
   DecodeArgs args = {};
   args.num_lists = shape.num_formats + 1;
+  args.page_bytes = int64_t{4} * shape.block_size * shape.head_size;
+  args.min_share = kMinPages * kPageWeight;
   for (int i = 0; i < args.num_lists; ++i) {
     List& list = args.lists[i];
     list = i < shape.num_formats ? format_list(shape, shape.formats[i]) : slot_list(shape);
+    list.weight = page_weight(list, args.page_bytes);
+    args.min_share = std::max(args.min_share, list.weight);
     const Run run = run_of(shape, list);
     if (args.num_runs == 0 || !same_places(run, args.runs[args.num_runs - 1])) {
       args.runs[args.num_runs++] = run;
@@ -170,7 +203,6 @@ inline DecodeArgs make_args(const mdkv_shape& shape) {
   args.tiles = (shape.group + kHeads - 1) / kHeads;
   args.rows = std::min(shape.group, kHeads);
   args.pages_per_block = shape.num_layers * shape.num_kv_heads;
-  args.page_bytes = int64_t{4} * shape.block_size * shape.head_size;
   args.basis_rank = args.uses_basis ? shape.basis_rank : 0;
   args.prompt_basis = shape.prompt_basis;
   args.basis_first_page = shape.basis_first_page;
@@ -193,7 +225,7 @@ inline size_t place_workspace(DecodeArgs& args, uint8_t* base) {
   const int64_t slots = units * args.num_runs + args.warps;
   place(args.queries, units * kHeads * args.query_width);
   place(args.records, units * args.record_words);
-  place(args.unit_pages, units);
+  place(args.unit_weight, units);
   place(args.unit_begin, units);
   place(args.share, 1);
   place(args.part_out, slots * args.rows * args.head_size);

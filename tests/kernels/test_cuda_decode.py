@@ -1,12 +1,15 @@
 """What is the CUDA decode kernels' own, run on a CPU: orders of threads, shares, many units."""
 
+import math
+
 import decode_runners
 import pytest
 import torch
 from cuda_host import process as host
 from decode_runners import Case, run_ragged
 
-from mdkv_vllm.testing.leases import Model, Request
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.testing.leases import Model, Request, ragged
 
 EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 
@@ -28,6 +31,51 @@ def test_any_number_of_warps(runner, programs):
     model = Model(EVERY_FORMAT, kv_heads=1, dtype=torch.float16)
     case = Case(runner, model, [Request(40, 150), Request(4, 3)], programs=programs)
     case.check([0, 1], case.totals)
+
+
+def weigh_pages(case, layer, weights):
+    """Weights of the pages that a layer reads, 0 of all others: ``[blocks, pages per block]``."""
+    model, layout = case.model, case.layout
+    weighed = torch.zeros(case.arena.shape[:2], dtype=torch.int32)
+    for row, (first, tail) in enumerate(case.leases.tolist()):
+        blocks = case.block_table[row]
+        if tail > first:
+            table = case.arena[blocks[first]].view(torch.uint8).flatten()
+            table = table[: 4 * math.prod(layout.table_shape)].view(torch.int32)
+            lists = table.view(layout.table_shape)[layer].tolist()
+            lease = torch.zeros(tail - first, layout.pages_per_block, dtype=torch.int32)
+            for head in lists:
+                for fmt, (tokens, page), weight in zip(
+                    layout.formats.formats, head, weights, strict=False
+                ):
+                    lease.view(-1)[page : page + fmt.pages(tokens)] = weight
+            weighed[blocks[first:tail]] = lease
+        tail_blocks = -(-case.totals[row] // model.block_size)
+        heads = layer * model.kv_heads + torch.arange(model.kv_heads)
+        weighed[blocks[tail:tail_blocks, None], heads] = weights[-1]
+    return weighed
+
+
+@pytest.mark.parametrize("programs", [3, 16, 40])
+def test_shares_weigh_the_same(runner, programs):
+    """To within a page."""
+    model = Model(("r12", "i2", "i4", "full"), dtype=torch.float16)
+    case = Case(runner, model, ragged(40))
+    lengths = torch.tensor(case.totals, dtype=torch.int32)
+    rows = torch.arange(5, dtype=torch.int32)
+    batch = DecodeBatch(case.block_table, rows, lengths, case.leases)
+    setting = DecodeSetting(case.arena, case.layout, model.group, case.calibrated, 1.0, 5)
+    output, lse = torch.empty(5, 6, 64), torch.empty(5, 6)
+    call = setting, case.query(5, 6, 64), 1, batch, output, lse
+    owners, weights = runner.process.submit(host.shares, {"programs": programs}, *call).result()
+    weighed, heaviest = weigh_pages(case, 1, weights), weights.max()
+    assert torch.equal(owners >= 0, weighed > 0)
+    assert weights.min() < heaviest
+    share = -(-weighed.sum() // programs)
+    found = torch.zeros(programs, dtype=torch.int32)
+    found.index_add_(0, owners[owners >= 0], weighed[owners >= 0])
+    assert ((found - share).abs()[:-1] < heaviest).all()
+    assert found[-1] < share + heaviest
 
 
 def test_many_units(runner):

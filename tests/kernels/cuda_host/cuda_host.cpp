@@ -66,6 +66,8 @@ Block block;
 bool reversed_order = false, late_copies = false;
 const uint8_t* arena_begin = nullptr;
 const uint8_t* arena_end = nullptr;
+int32_t* page_owners = nullptr;  // by page of the arena, the block that copies it
+std::vector<List> last_lists;    // of the last launch
 int device_shared_bytes = 99 << 10;
 
 [[noreturn]] void stop(const char* what) {
@@ -248,6 +250,7 @@ void copy_async(uint32_t to, const uint8_t* from) {
   shared_at(to, 16);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) stop("a misaligned copy");
   if (arena_begin && (from < arena_begin || from + 16 > arena_end)) stop("a copy from elsewhere");
+  if (page_owners) page_owners[(from - arena_begin) / block.args->page_bytes] = block.index;
   if (late_copies) {
     thread().open.push_back({to, from});
   } else {
@@ -335,6 +338,7 @@ const char* launch(Kernel kernel, int blocks, int threads, int shared_bytes, voi
   }
   block.kernel = kernel;
   block.args = &args;
+  last_lists.assign(args.lists, args.lists + args.num_lists);
   for (int i = 0; i < blocks; ++i) {
     // In an order that no kernel may depend on.
     block.index = reversed_order ? blocks - 1 - i : i;
@@ -372,4 +376,12 @@ MDKV_EXPORT void mdkv_host_configure(int reversed, int late, const void* arena, 
   mdkv::late_copies = late;
   mdkv::arena_begin = static_cast<const uint8_t*>(arena);
   mdkv::arena_end = mdkv::arena_begin + bytes;
+}
+
+// Where the next calls write which block copies a page of the arena; null for nowhere.
+MDKV_EXPORT void mdkv_host_owners(int32_t* owners) { mdkv::page_owners = owners; }
+
+// Weights of a page of every list, tail included, in the last call.
+MDKV_EXPORT void mdkv_host_weights(int32_t* weights) {
+  for (const mdkv::List& list : mdkv::last_lists) *weights++ = list.weight;
 }

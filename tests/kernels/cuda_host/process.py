@@ -35,3 +35,22 @@ def configure(arena: torch.Tensor | None, order: str) -> None:
 
     begin, size = (0, 0) if arena is None else (arena.data_ptr(), arena.nbytes)
     library().mdkv_host_configure(*ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size))
+
+
+def shares(options, setting, *call):
+    """Attend once, in the process, as ``decode_runners.attend`` does.
+
+    Returns the warp that copied each page of the cache, -1 for none, and the weights of pages, by
+    list with the tail last.
+    """
+    from decode_runners import attend
+
+    from mdkv_vllm.kernels.cuda.library import library
+
+    owners = torch.full(setting.kv_cache.shape[:2], -1, dtype=torch.int32)
+    library().mdkv_host_owners(ctypes.c_void_p(owners.data_ptr()))
+    attend("cuda", options, setting, *call)
+    library().mdkv_host_owners(None)
+    weights = torch.empty(len(setting.layout.formats.formats) + 1, dtype=torch.int32)
+    library().mdkv_host_weights(ctypes.c_void_p(weights.data_ptr()))
+    return owners, weights

@@ -53,7 +53,7 @@ inline int page_instructions(const List& list) {
 // The longer of the two counts: a page's bytes come while others are attended over.
 inline int page_weight(const List& list, int64_t page_bytes) {
   const int slots = issue_slots(page_bytes), instructions = page_instructions(list);
-  return instructions <= slots ? kPageWeight : kPageWeight * instructions / slots;
+  return instructions <= slots ? kPageWeight : (kPageWeight * instructions + slots / 2) / slots;
 }
 
 inline List slot_list(const mdkv_shape& shape) {

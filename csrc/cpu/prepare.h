@@ -49,7 +49,8 @@ MDKV_INLINE float sum_query(const SpaceQuery& query, int64_t g, int rank) {
 // What a query makes of the offset of codes, so that kernels may read codes as unsigned numbers.
 inline void prepare_codes(const DecodeArgs& args, const Unit& unit, Prepared& prepared) {
 #ifdef MDKV_VNNI
-  for (const int32_t rotation : {MDKV_BASIS, MDKV_HADAMARD}) {
+  constexpr int32_t kRotations[] = {MDKV_BASIS, MDKV_HADAMARD};
+  for (const int32_t rotation : kRotations) {
     if (!uses(args, unit, rotation)) continue;
     const SpaceQuery& query = prepared.spaces[rotation];
     for (int g = 0; g < args.group; ++g) {

@@ -13,16 +13,9 @@ constexpr int kHeads = 8;
 
 constexpr int kChunk = 16;  // bytes of one asynchronous copy
 
-// How the tokens of a page are read.
-enum Reader : int32_t {
-  kSlots = 0,     // token-major, keys and values side by side
-  kElements = 1,  // keys dimension-major, values token-major, in the cache's type
-  kCodes = 2,     // the same as packed integers with scales
-};
-
 // One list of a unit: a format, or the tail. Offsets are bytes of a page in shared memory.
 struct List {
-  int32_t reader;
+  int32_t kind;  // mdkv_kind
   int32_t rotation;
   int32_t rank;
   int32_t bits;
@@ -46,6 +39,11 @@ struct List {
   int16_t value_swizzle;
 };
 static_assert(sizeof(List) == 64, "lists are found by a shift");
+
+// The code that stands for zero, which kernels are compiled for; formats are checked to have it.
+MDKV_BOTH constexpr float code_zero(int bits) {
+  return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f;
+}
 
 // What 1 stands for in the accumulators of weighted codes.
 constexpr float kCodeUnit = 1 << 20;

@@ -35,11 +35,11 @@ class Consumer {
     }
     const Page page = {places_.stages + stage * args_.stage_bytes, places_.zeros,
                        static_cast<int>(load_shared32(ticket + 4 * kTokens)), args_.scale, lane_};
-    if (list.reader == kSlots) {
+    if (list.kind == MDKV_SLOTS) {
       attend_elements_of_type<kSlotRows>(page, list);
-    } else if (list.reader == kElements && list.aligned) {
+    } else if (list.kind == MDKV_ELEMENTS && list.aligned) {
       attend_elements_of_type<kWholeRows>(page, list);
-    } else if (list.reader == kElements) {
+    } else if (list.kind == MDKV_ELEMENTS) {
       attend_elements_of_type<kAnyRows>(page, list);
     } else if (list.bits == 8) {
       attend_codes<D, 8>(state_, query_, page, list);
@@ -67,7 +67,7 @@ class Consumer {
   }
 
   MDKV_DEVICE void load_query(const List& list) {
-    const bool codes = list.reader == kCodes;
+    const bool codes = list.kind == MDKV_CODES;
     const int head = lane_ / 4;
     const uint16_t* from = args_.queries + (int64_t{unit_} * kHeads + head) * args_.query_width +
                            query_offset(args_, list.rotation, codes);

@@ -19,10 +19,6 @@ namespace mdkv {
 
 constexpr int kLeastExponent = -40;
 
-MDKV_BOTH constexpr float code_zero(int bits) {
-  return bits == 8 ? 128.0f : bits == 4 ? 7.5f : 1.5f;
-}
-
 // What a code of 1 is as a float16.
 MDKV_BOTH constexpr float code_one(int bits, int field) {
   return static_cast<float>(1 << field * bits) / (1 << 24);

@@ -7,25 +7,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "../common/page_format.h"
+
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-#define MDKV_CUDA_ABI 2
+#define MDKV_CUDA_ABI 3
 #define MDKV_MAX_FORMATS 16
 
 enum mdkv_element { MDKV_FLOAT32 = 0, MDKV_FLOAT16 = 1, MDKV_BFLOAT16 = 2 };
-enum mdkv_rotation { MDKV_IDENTITY = 0, MDKV_BASIS = 1, MDKV_HADAMARD = 2 };
 
-// A page format, as mdkv_vllm/core/formats.py documents its bytes.
-typedef struct {
-  int32_t rank;
-  int32_t bits;
-  int32_t rotation;  // mdkv_rotation
-  int32_t tokens_per_page;
-} mdkv_format;
-
-// A model's cache. Formats are in the page table's order.
+// A model's cache. Formats are in the page table's order; behind them is the tail's.
 typedef struct {
   int32_t element;  // mdkv_element of the cache: float16 or bfloat16
   int32_t head_size;
@@ -38,7 +31,7 @@ typedef struct {
   int32_t prompt_basis;      // 1 where the basis lies in the lease
   int32_t basis_first_page;  // of a lease, where its bases start
   int32_t basis_pages;       // pages of one head's bases
-  mdkv_format formats[MDKV_MAX_FORMATS];
+  mdkv_page_format formats[MDKV_MAX_FORMATS + 1];
 } mdkv_shape;
 
 // How the kernel runs on one device; from shapes alone.

@@ -95,7 +95,7 @@ class PageSource {
     const int tokens = left < list.tokens_per_page ? left : list.tokens_per_page;
     const uint8_t* from = address_of(page_ & 31);
     const uint32_t to = places_.stages + stage * args_.stage_bytes;
-    const int chunks = list.reader == kSlots ? tokens * (list.key_row / kChunk) : list.chunks;
+    const int chunks = list.kind == MDKV_SLOTS ? tokens * (list.key_row / kChunk) : list.chunks;
     const int keys = chunks < list.first_value_chunk ? chunks : list.first_value_chunk;
     copy_section(to, from, keys, list.key_swizzle);
     if (chunks > keys) {

@@ -42,7 +42,7 @@ inline int issue_slots(int64_t bytes) { return static_cast<int>(bytes * 1900 / 8
 // 128, more roughly for rows that start anywhere, whose elements are read one by one.
 inline int page_instructions(const List& list) {
   const int steps = (list.rank + 15) / 16;
-  if (list.reader == kCodes) {
+  if (list.kind == MDKV_CODES) {
     const int columns = (list.key_row + kColumns - 1) / kColumns;
     const int fields = 8 / list.bits;
     return 300 + columns * (100 + 180 * fields + steps * (22 + 31 * fields));
@@ -56,45 +56,43 @@ inline int page_weight(const List& list, int64_t page_bytes) {
   return instructions <= slots ? kPageWeight : (kPageWeight * instructions + slots / 2) / slots;
 }
 
-inline List slot_list(const mdkv_shape& shape) {
+inline List slot_list(const mdkv_page_format& format) {
   List list = {};
-  list.reader = kSlots;
+  list.kind = MDKV_SLOTS;
   list.rotation = MDKV_IDENTITY;
-  list.rank = shape.head_size;
-  list.bits = 16;
-  list.tokens_per_page = shape.block_size;
+  list.rank = format.rank;
+  list.bits = format.bits;
+  list.tokens_per_page = format.tokens_per_page;
   list.aligned = 1;
-  list.key_row = list.value_row = 4 * shape.head_size;
-  list.chunks = shape.block_size * list.key_row / kChunk;
+  list.key_row = list.value_row = 2 * format.values_offset;
+  list.chunks = format.used_bytes / kChunk;
   list.first_value_chunk = list.last_value_chunk = list.chunks;
   list.key_swizzle = list.value_swizzle = best_swizzle(list.key_row / kChunk);
   return list;
 }
 
-inline List format_list(const mdkv_shape& shape, const mdkv_format& format) {
-  if (format.rotation == MDKV_IDENTITY) return slot_list(shape);
+inline List list_of(const mdkv_page_format& format) {
+  if (format.kind == MDKV_SLOTS) return slot_list(format);
   List list = {};
-  const bool codes = format.bits < 16;
-  list.reader = codes ? kCodes : kElements;
+  const bool codes = format.kind == MDKV_CODES;
+  list.kind = format.kind;
   list.rotation = format.rotation;
   list.rank = format.rank;
   list.bits = format.bits;
   list.tokens_per_page = format.tokens_per_page;
-  list.key_row = format.tokens_per_page * format.bits / 8;
+  list.key_row = format.values_offset / format.rank;
   list.value_row = format.rank * format.bits / 8;
   list.aligned = list.value_row % kChunk == 0 && (codes || list.key_row % kChunk == 0);
-  const int section = format.rank * list.key_row;
-  const int used = 2 * section + (codes ? 4 * format.tokens_per_page : 0);
-  list.chunks = (used + kChunk - 1) / kChunk;
+  list.chunks = (format.used_bytes + kChunk - 1) / kChunk;
   list.key_swizzle = list.value_swizzle = kNoSwizzle;
-  if (section % kChunk != 0) {
+  if (format.values_offset % kChunk != 0) {
     list.first_value_chunk = list.last_value_chunk = list.chunks;
-    list.values_at = section;
-    list.scales_at = 2 * section;
+    list.values_at = format.values_offset;
+    list.scales_at = format.scales_offset;
     return list;
   }
   const auto whole_groups = [](int chunks) { return (chunks + 7) / 8 * 8; };
-  const int chunks = section / kChunk;
+  const int chunks = format.values_offset / kChunk;
   list.first_value_chunk = chunks;
   list.last_value_chunk = 2 * chunks;
   list.values_at = whole_groups(chunks) * kChunk;
@@ -110,7 +108,7 @@ inline List format_list(const mdkv_shape& shape, const mdkv_format& format) {
 // Where a list's weighted values are accumulated.
 inline Run run_of(const mdkv_shape& shape, const List& list) {
   Run run = {list.rotation, list.rank, 0, list.value_row, 1, 1.0f};
-  if (list.reader != kCodes) return run;
+  if (list.kind != MDKV_CODES) return run;
   run.fields = 8 / list.bits;
   run.unit = kCodeUnit;
   run.aligned = list.aligned;
@@ -146,30 +144,43 @@ inline std::string check_shape(const mdkv_shape& shape) {
   if (shape.num_formats < 0 || shape.num_formats > MDKV_MAX_FORMATS) {
     return number(shape.num_formats) + " formats; at most " + number(MDKV_MAX_FORMATS);
   }
-  for (int f = 0; f < shape.num_formats; ++f) {
-    const mdkv_format& format = shape.formats[f];
+  const int64_t page_bytes = int64_t{4} * shape.block_size * shape.head_size;
+  for (int f = 0; f <= shape.num_formats; ++f) {
+    const mdkv_page_format& format = shape.formats[f];
     const std::string name = "format " + number(f) + ": ";
-    const bool codes = format.bits == 8 || format.bits == 4 || format.bits == 2;
-    if (!codes && format.bits != 16) return name + number(format.bits) + " bits";
+    const bool codes = format.kind == MDKV_CODES, slots = format.kind == MDKV_SLOTS;
+    if (!slots && !codes && format.kind != MDKV_ELEMENTS) {
+      return name + "kind " + number(format.kind);
+    }
+    const bool takes =
+        codes ? format.bits == 8 || format.bits == 4 || format.bits == 2 : format.bits == 16;
+    if (!takes) return name + number(format.bits) + " bits";
     if (format.rank < 4 || format.rank % 4 != 0 || format.rank > shape.head_size) {
       return name + "rank " + number(format.rank);
     }
     const bool whole = format.rank == shape.head_size;
-    const bool fits = format.rotation == MDKV_IDENTITY
-                          ? !codes && whole && format.tokens_per_page == shape.block_size
+    const bool fits = format.rotation == MDKV_IDENTITY   ? slots && whole
                       : format.rotation == MDKV_HADAMARD ? codes && whole
-                                                         : format.rotation == MDKV_BASIS;
+                                                         : format.rotation == MDKV_BASIS && !slots;
     if (!fits) return name + "rotation " + number(format.rotation) + " of such elements";
     if (format.rotation == MDKV_BASIS && format.rank > shape.basis_rank) {
       return name + "rank " + number(format.rank) + " of a basis of " + number(shape.basis_rank);
     }
     const int per_byte = codes ? 8 / format.bits : 1;
-    const int64_t row_bits = int64_t{format.tokens_per_page} * format.bits;
-    const int64_t used = 2 * format.rank * row_bits / 8 + (codes ? 4 * format.tokens_per_page : 0);
     if (format.tokens_per_page < 1 || format.tokens_per_page % per_byte != 0 ||
-        used > int64_t{4} * shape.block_size * shape.head_size) {
+        format.used_bytes > page_bytes || (slots && format.tokens_per_page != shape.block_size)) {
       return name + number(format.tokens_per_page) + " tokens in a page";
     }
+    const int section = format.rank * format.tokens_per_page * format.bits / 8;
+    if (format.values_offset != (slots ? format.rank * format.bits / 8 : section) ||
+        format.scales_offset != 2 * section ||
+        format.used_bytes < 2 * section + (codes ? 4 * format.tokens_per_page : 0) ||
+        (codes && format.zero_halves != 2 * code_zero(format.bits))) {
+      return name + "offsets or zero point are not those of its rank and bits";
+    }
+  }
+  if (shape.formats[shape.num_formats].kind != MDKV_SLOTS) {
+    return "the last format is the tail's, and must be of slots";
   }
   return "";
 }
@@ -182,7 +193,7 @@ inline DecodeArgs make_args(const mdkv_shape& shape) {
   args.min_share = kMinPages * kPageWeight;
   for (int i = 0; i < args.num_lists; ++i) {
     List& list = args.lists[i];
-    list = i < shape.num_formats ? format_list(shape, shape.formats[i]) : slot_list(shape);
+    list = list_of(shape.formats[i]);
     list.weight = page_weight(list, args.page_bytes);
     args.min_share = std::max(args.min_share, list.weight);
     const Run run = run_of(shape, list);

@@ -249,8 +249,7 @@ def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: Pa
         rows = sections[0].view(fmt.rank, fmt.tokens_per_page, geometry.dtype.itemsize)
         rows[:, unused] = POISON
     sections[1].view(fmt.tokens_per_page, -1)[unused] = POISON
-    used = fmt.scales_offset + (4 * fmt.tokens_per_page if fmt.quantised else 0)
-    page[used:] = POISON
+    page[fmt.used_bytes :] = POISON
 
 
 def ragged(lease_blocks: int) -> list[Request]:

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from mdkv_vllm.core.allocate import allocate
 from mdkv_vllm.core.exchange import Exchange
-from mdkv_vllm.core.formats import FormatSet, Kind, PageFormat, PageGeometry, Rotation, parse_formats
+from mdkv_vllm.core.formats import (
+    FormatSet,
+    Kind,
+    PageFormat,
+    PageGeometry,
+    Rotation,
+    parse_formats,
+)
 
 GEOMETRY = PageGeometry(16, 64, torch.bfloat16)
 

@@ -1,15 +1,22 @@
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mdkv_vllm.core.formats import (
+    DESCRIPTOR,
     FormatError,
+    Kind,
     PageGeometry,
     Rotation,
     parse_format,
     parse_formats,
 )
+
+ROOT = Path(__file__).parents[2]
 
 geometries = st.builds(
     PageGeometry,
@@ -25,7 +32,7 @@ def test_tokens_fit_the_page_and_one_more_would_not(geometry, name):
     fmt = parse_format(name, geometry)
     scale = 4 if fmt.quantised else 0
     used = 2 * fmt.section_bytes + scale * fmt.tokens_per_page
-    assert used <= geometry.page_bytes
+    assert fmt.used_bytes == used <= geometry.page_bytes
     one_more_byte_row = 2 * fmt.rank * fmt.bits / 8 + scale
     assert used + fmt.codes_per_byte * one_more_byte_row > geometry.page_bytes
     assert fmt.tokens_per_page % fmt.codes_per_byte == 0
@@ -39,6 +46,26 @@ def test_design_example_head_size_128():
     }
     assert tokens == {"full": 16, "r32": 64, "r16": 128, "i8": 31, "i4": 62}
     assert geometry.page_bytes == 8192
+
+
+def test_the_descriptor_is_that_of_the_c_header():
+    header = (ROOT / "csrc" / "common" / "page_format.h").read_text()
+    assert tuple(re.findall(r"(?m)^  int32_t (\w+);", header)) == DESCRIPTOR
+    assert f"#define MDKV_PAGE_FORMAT_FIELDS {len(DESCRIPTOR)}" in header
+    for member in (*Kind, *Rotation):
+        assert f"MDKV_{member.name} = {member.value}" in header
+
+
+def test_descriptors():
+    geometry = PageGeometry(16, 128, torch.bfloat16)
+    full, i4, r32 = (
+        dict(zip(DESCRIPTOR, parse_format(name, geometry).descriptor(), strict=True))
+        for name in ("full", "i4", "r32")
+    )
+    assert (full["values_offset"], full["used_bytes"]) == (256, 8192)
+    assert (i4["values_offset"], i4["scales_offset"]) == (128 * 31, 2 * 128 * 31)
+    assert (i4["used_bytes"], i4["zero_halves"]) == (2 * 128 * 31 + 4 * 62, 15)
+    assert r32["zero_halves"] == 0
 
 
 def test_rotations():

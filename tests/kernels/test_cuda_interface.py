@@ -166,7 +166,7 @@ def refusals():
         (other(Model(dtype=torch.float32)), "must be float16 or bfloat16"),
         (other(Model(head_size=72)), "head size 72 is not built; 64, 80, 96, 128 and 256 are"),
         (other(Model(head_size=128, block_size=256)), "do not fit 101376 bytes of shared memory"),
-        (with_format(layout, bits=5), "format 0: 5 bits"),
+        (with_format(layout, kind=Kind.ELEMENTS), "format 0: 8 bits"),
         (with_format(layout, rank=62), "format 0: rank 62"),
         (with_format(layout, rank=32), "format 0: rotation 2"),
         (with_format(layout, tokens_per_page=40), "format 0: 40 tokens in a page"),

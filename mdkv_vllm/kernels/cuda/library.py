@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from mdkv_vllm.core.formats import FormatSet
+from mdkv_vllm.core.formats import DESCRIPTOR, full_format
 from mdkv_vllm.core.layout import LeaseLayout
 
 LIBRARY = Path(__file__).resolve().parents[2] / "libmdkv_cuda.so"
-ABI = 2
+ABI = 3
 MAX_FORMATS = 16
 
 ELEMENT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -29,7 +29,9 @@ class CudaKernelError(RuntimeError):
 
 
 class _Format(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("rank", "bits", "rotation", "tokens_per_page")]
+    """``mdkv_page_format`` of csrc/common/page_format.h."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in DESCRIPTOR]
 
 
 class Shape(ctypes.Structure):
@@ -52,7 +54,7 @@ class Shape(ctypes.Structure):
                 "basis_pages",
             )
         ),
-        ("formats", _Format * MAX_FORMATS),
+        ("formats", _Format * (MAX_FORMATS + 1)),
     ]
 
 
@@ -163,14 +165,16 @@ def shape_of(layout: LeaseLayout, group: int, basis_rank: int) -> Shape:
         int(layout.prompt_basis_rank > 0),
         layout.basis_first_page,
         layout.basis_pages_per_head,
-        _formats(layout.formats),
+        _formats(layout),
     )
 
 
-def _formats(formats: FormatSet) -> ctypes.Array[_Format]:
-    if len(formats.formats) > MAX_FORMATS:
+def _formats(layout: LeaseLayout) -> ctypes.Array[_Format]:
+    """The formats of leases, and behind them the tail's."""
+    formats = layout.formats.formats
+    if len(formats) > MAX_FORMATS:
         raise CudaKernelError(
-            f"formats: {len(formats.formats)} page formats; the CUDA kernel takes {MAX_FORMATS}"
+            f"formats: {len(formats)} page formats; the CUDA kernel takes {MAX_FORMATS}"
         )
-    rows = [_Format(f.rank, f.bits, int(f.rotation), f.tokens_per_page) for f in formats.formats]
-    return (_Format * MAX_FORMATS)(*rows)
+    rows = [_Format(*f.descriptor()) for f in (*formats, full_format(layout.geometry))]
+    return (_Format * (MAX_FORMATS + 1))(*rows)

@@ -26,7 +26,7 @@ from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.kernels.cpu import cpu_isas
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.cpu.formats import pack_pages
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
 STOCK_BLOCK_SIZE = 128
 COPY_BYTES = 512 << 20
@@ -100,7 +100,7 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
     query_rows = torch.arange(rows, dtype=torch.int32).view(shape.sets, shape.batch)
     batches = [DecodeBatch(block_table, some, lengths, leases) for some in query_rows]
     group = query.shape[1] // layout.num_kv_heads
-    kernel = CpuDecode(DecodeSetting(arena, layout, group, None, shape.scale, shape.batch))
+    kernel = CpuDecode(DecodeConfig(arena, layout, group, None, shape.scale, shape.batch))
 
     def step(index: int) -> None:
         for layer in range(shape.layers):

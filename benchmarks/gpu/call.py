@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from mdkv_vllm.kernels.cuda.library import library
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, DecodeSetting, MakeDecode
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig, DecodeKernel, MakeDecode
 from mdkv_vllm.kernels.registry import DECODE
 
 from . import plant
@@ -62,7 +62,7 @@ class Call:
         self.inputs = inputs
         self.scale = inputs.layout.geometry.head_size**-0.5
         self.kernel = kernel.make(
-            DecodeSetting(
+            DecodeConfig(
                 inputs.arena, inputs.layout, inputs.group, inputs.basis, self.scale,
                 len(inputs.lengths),
             )

@@ -22,7 +22,7 @@ from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import Prompt as LayeredPrompt
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.kernels.triton.compress import TritonKernels
 from mdkv_vllm.testing.lists import ChosenBefore, assert_nearly_the_same_lists
 from mdkv_vllm.testing.paged import paged
@@ -307,7 +307,7 @@ class Prompt:
         leases = torch.tensor([[0, blocks]], dtype=torch.int32).to(self.device)
         basis = None if self.basis is None else self.basis.to(self.device)
         scale, worst = case.head_size**-0.5, 0.0
-        kernel = TRITON.make(DecodeSetting(arenas[0], layout, case.group, basis, scale, queries))
+        kernel = TRITON.make(DecodeConfig(arenas[0], layout, case.group, basis, scale, queries))
         batch = DecodeBatch(table, rows, lengths, leases)
         for layer in range(case.layers):
             query = self.randn(queries, case.kv_heads * case.group, case.head_size)

@@ -8,13 +8,13 @@ from dataclasses import asdict
 
 import torch
 
+from .baselines import BASELINES, MAX_ERROR, FullCache, Step
 from .call import Call, kernel_named
 from .device import device
 from .inputs import build
 from .jobs import Row
 from .loads import Holding, Load
 from .report import Timed
-from .rivals import MAX_ERROR, RIVALS, FullCache, Step
 from .timing import DeviceCopy, Timing, sets_for, time_calls
 
 MEMORY_SHARE = 0.88
@@ -61,11 +61,11 @@ def time_full_caches(load: Load, names: Sequence[str], seed: int) -> Iterator[Ro
     query = cache.queries[0]
     moved = load.full_bytes + 2 * query.numel() * query.element_size()
     for name in names:
-        timing, note = time_rival(RIVALS[name], cache, sets)
+        timing, note = time_baseline(BASELINES[name], cache, sets)
         yield _row(load, name, Holding("full"), timing, (load.full_bytes, moved), rate, note)
 
 
-def time_rival(
+def time_baseline(
     prepare: Callable[[FullCache], Step], cache: FullCache, sets: int
 ) -> tuple[Timing, str]:
     """Time a kernel that may not be there, may not take these shapes, or may not be captured.

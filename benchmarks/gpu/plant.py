@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, DecodeSetting, MakeDecode
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig, DecodeKernel, MakeDecode
 
 FAULTS = ("wrong", "raises", "hangs", "aborts")
 
@@ -26,7 +26,7 @@ def around(make: MakeDecode) -> MakeDecode:
     if not _armed:
         return make
 
-    def faulty(setting: DecodeSetting) -> DecodeKernel:
+    def faulty(setting: DecodeConfig) -> DecodeKernel:
         return _Faulty(make(setting))
 
     return faulty

@@ -147,11 +147,11 @@ def table(rows: Sequence[Timed], kinds: Sequence[str], kernel: str) -> str:
     head = f"{'model':24} {'batch':>5} {'tokens':>7} {'best full cache':>26}"
     lines = [head + "".join(f" {name:>12}" for name in holdings)]
     for load in dict.fromkeys(row.load for row in rows if row.layers == 1):
-        rival = best.get(load)
-        full = f"{rival.kernel} {rival.microseconds:.1f} us" if rival else "none"
+        baseline = best.get(load)
+        full = f"{baseline.kernel} {baseline.microseconds:.1f} us" if baseline else "none"
         line = f"{load[0][:24]:24} {load[1]:5} {load[2]:7} {full:>26}"
         mine = {row.holding: row for row in rows if row.load == load and row.kernel == kernel}
-        lines.append(line + "".join(f" {_cell(mine.get(name), rival):>12}" for name in holdings))
+        lines.append(line + "".join(f" {_cell(mine.get(name), baseline):>12}" for name in holdings))
     return "\n".join(lines)
 
 
@@ -174,10 +174,10 @@ def translation(rows: Sequence[Timed]) -> list[str]:
     return lines
 
 
-def _cell(row: Timed | None, rival: Timed | None) -> str:
+def _cell(row: Timed | None, baseline: Timed | None) -> str:
     if row is None or math.isnan(row.microseconds):
         return "-"
-    times = f"{row.microseconds / rival.microseconds:.2f}x " if rival else ""
+    times = f"{row.microseconds / baseline.microseconds:.2f}x " if baseline else ""
     return f"{times}{row.copy_share:4.0%}"
 
 

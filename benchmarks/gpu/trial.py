@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing import leases
 
 from . import reference
@@ -70,9 +70,7 @@ class Trial:
         self.lse = torch.empty(shape[:2], device=device)
         self.scale = model.head_size**-0.5
         self.kernel = kernel.make(
-            DecodeSetting(
-                self.arena, case.layout, model.group, case.calibrated, self.scale, queries
-            )
+            DecodeConfig(self.arena, case.layout, model.group, case.calibrated, self.scale, queries)
         )
 
     def load(self, rows: Sequence[int], lengths: Sequence[int]) -> None:

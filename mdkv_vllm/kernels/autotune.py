@@ -1,6 +1,6 @@
 """Which of two decode kernels is faster on a GPU: measured once, when a server starts.
 
-The trial has one layer of the model's own shape and as many requests as make a cache larger than
+The workload has one layer of the model's own shape and as many requests as make a cache larger than
 the second-level cache. Its pages are zero, which is a value in every format; what is in them does
 not change how long they take to read.
 """
@@ -13,18 +13,18 @@ import torch
 
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, DecodeSetting, MakeDecode
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig, DecodeKernel, MakeDecode
 
 REQUESTS = 32
 BYTES = 128 << 20
-"""Of the trial's leases together: more than second-level caches hold."""
+"""Of the workload's leases together: more than second-level caches hold."""
 TAIL_BLOCKS = 2
 CALLS = 20
 """Calls in a CUDA graph, so that what is timed is the GPU."""
 REPLAYS = 5
 
 
-class Trial:
+class Workload:
     """A batch of requests of one layer, each with a lease of equal pages of every format.
 
     Args:
@@ -64,7 +64,7 @@ class Trial:
         directions = torch.eye(geometry.head_size)[:, :rank].expand(1, heads, -1, -1)
         own = layout.prompt_basis_rank > 0
         basis = Basis(directions, directions) if rank and not own else None
-        self.setting = DecodeSetting(
+        self.config = DecodeConfig(
             self.kv_cache, self.layout, group, basis, geometry.head_size**-0.5, REQUESTS
         )
 
@@ -88,18 +88,18 @@ def measure(
         device: a GPU.
         candidates: names of kernels, and what makes them.
     """
-    trial = Trial(layout, group, device, BYTES)
-    return {name: _time(trial, make(trial.setting)) for name, make in candidates}
+    workload = Workload(layout, group, device, BYTES)
+    return {name: _time(workload, make(workload.config)) for name, make in candidates}
 
 
-def _time(trial: Trial, kernel: DecodeKernel) -> float:
+def _time(workload: Workload, kernel: DecodeKernel) -> float:
     """Milliseconds of a call, the best of some replays."""
-    trial.attend(kernel)
+    workload.attend(kernel)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(CALLS):
-            trial.attend(kernel)
+            workload.attend(kernel)
     best = float("inf")
     for _ in range(REPLAYS):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -8,18 +8,18 @@ from collections.abc import Sequence
 import torch
 
 from mdkv_vllm.core.basis import Basis
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
 
 class GpuDecode(ABC):
     """:class:`mdkv_vllm.kernels.interface.DecodeKernel` of launches of limited size.
 
     Args:
-        setting: the model.
+        config: the model.
     """
 
-    def __init__(self, setting: DecodeSetting) -> None:
-        self._setting = setting
+    def __init__(self, config: DecodeConfig) -> None:
+        self._config = config
 
     def attend(
         self,
@@ -31,8 +31,8 @@ class GpuDecode(ABC):
         recent: torch.Tensor | None = None,
     ) -> None:
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
-        for start in range(0, query.shape[0], self._setting.max_queries):
-            some = slice(start, start + self._setting.max_queries)
+        for start in range(0, query.shape[0], self._config.max_queries):
+            some = slice(start, start + self._config.max_queries)
             self._launch(
                 query[some],
                 layer,
@@ -59,7 +59,7 @@ class GpuDecode(ABC):
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
 
 
-def basis_in_use(setting: DecodeSetting) -> tuple[Basis, int]:
+def basis_in_use(config: DecodeConfig) -> tuple[Basis, int]:
     """The calibrated basis, or an empty one, and the rank that formats may read.
 
     Returns:
@@ -68,7 +68,7 @@ def basis_in_use(setting: DecodeSetting) -> tuple[Basis, int]:
     Raises:
         ValueError: the basis has fewer directions than a format reads.
     """
-    layout, basis = setting.layout, setting.basis
+    layout, basis = config.layout, config.basis
     if layout.prompt_basis_rank or basis is None:
         basis = Basis.empty(layout.num_layers, layout.num_kv_heads, layout.geometry.head_size)
     rank = layout.prompt_basis_rank or basis.rank

@@ -18,7 +18,7 @@ from mdkv_vllm.core.layout import LeaseLayout
 
 
 @dataclass(frozen=True)
-class DecodeSetting:
+class DecodeConfig:
     """What every decode kernel of a model is made from.
 
     Attributes:
@@ -92,7 +92,7 @@ class DecodeKernel(Protocol):
         ...
 
 
-MakeDecode = Callable[[DecodeSetting], DecodeKernel]
+MakeDecode = Callable[[DecodeConfig], DecodeKernel]
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 
 from mdkv_vllm.core.reference import mixed_decode
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
 
 class ReferenceDecode:
     """:class:`mdkv_vllm.kernels.interface.DecodeKernel` in plain torch, slow.
 
     Args:
-        setting: the model.
+        config: the model.
     """
 
-    def __init__(self, setting: DecodeSetting) -> None:
-        self._setting = setting
+    def __init__(self, config: DecodeConfig) -> None:
+        self._config = config
 
     def attend(
         self,
@@ -28,18 +28,18 @@ class ReferenceDecode:
         recent: torch.Tensor | None = None,
     ) -> None:
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
-        setting = self._setting
+        config = self._config
         result, log_sums = mixed_decode(
             query.double(),
-            setting.kv_cache,
+            config.kv_cache,
             layer,
-            setting.layout,
+            config.layout,
             batch.block_table,
             batch.query_rows,
             batch.lengths,
             batch.leases,
-            setting.basis,
-            setting.scale,
+            config.basis,
+            config.scale,
         )
         output.copy_(result)
         if lse is not None:

@@ -8,31 +8,31 @@ import torch
 
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.kernels import CompressionKernels
-from mdkv_vllm.kernels.interface import DecodeKernel, DecodeSetting, MakeDecode
+from mdkv_vllm.kernels.interface import DecodeConfig, DecodeKernel, MakeDecode
 
 
-def _reference(setting: DecodeSetting) -> DecodeKernel:
+def _reference(config: DecodeConfig) -> DecodeKernel:
     from mdkv_vllm.kernels.reference import ReferenceDecode
 
-    return ReferenceDecode(setting)
+    return ReferenceDecode(config)
 
 
-def _cpu(setting: DecodeSetting) -> DecodeKernel:
+def _cpu(config: DecodeConfig) -> DecodeKernel:
     from mdkv_vllm.kernels.cpu.decode import CpuDecode
 
-    return CpuDecode(setting)
+    return CpuDecode(config)
 
 
-def _triton(setting: DecodeSetting) -> DecodeKernel:
+def _triton(config: DecodeConfig) -> DecodeKernel:
     from mdkv_vllm.kernels.triton.decode import TritonDecode
 
-    return TritonDecode(setting)
+    return TritonDecode(config)
 
 
-def _cuda(setting: DecodeSetting) -> DecodeKernel:
+def _cuda(config: DecodeConfig) -> DecodeKernel:
     from mdkv_vllm.kernels.cuda.decode import CudaDecode
 
-    return CudaDecode(setting)
+    return CudaDecode(config)
 
 
 DECODE: dict[str, MakeDecode] = {
@@ -98,12 +98,12 @@ def decode_kernels(requested: str, device: torch.device) -> tuple[str, ...]:
     return ("cuda", "triton") if requested == "autotune" else ("cuda",)
 
 
-def decode_kernel(requested: str, setting: DecodeSetting) -> tuple[str, DecodeKernel]:
+def decode_kernel(requested: str, config: DecodeConfig) -> tuple[str, DecodeKernel]:
     """Make the decode kernel that the setting ``kernels`` stands for.
 
     Args:
         requested: ``auto``, ``autotune``, ``cpu``, ``triton`` or ``cuda``.
-        setting: the model.
+        config: the model.
 
     Returns:
         Its name, with what timing two showed, and the kernel.
@@ -111,13 +111,13 @@ def decode_kernel(requested: str, setting: DecodeSetting) -> tuple[str, DecodeKe
     Raises:
         ConfigError: what is requested does not run where the cache is.
     """
-    names = decode_kernels(requested, setting.kv_cache.device)
+    names = decode_kernels(requested, config.kv_cache.device)
     if len(names) == 1:
-        return names[0], DECODE[names[0]](setting)
+        return names[0], DECODE[names[0]](config)
     from mdkv_vllm.kernels.autotune import measure
 
     makers = tuple((name, DECODE[name]) for name in names)
-    times = measure(setting.layout, setting.group, setting.kv_cache.device, makers)
+    times = measure(config.layout, config.group, config.kv_cache.device, makers)
     first, second = sorted(names, key=times.__getitem__)
     ratio = times[second] / times[first]
-    return f"{first} ({ratio:.2f} x as fast as {second} here)", DECODE[first](setting)
+    return f"{first} ({ratio:.2f} x as fast as {second} here)", DECODE[first](config)

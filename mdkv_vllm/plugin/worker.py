@@ -16,7 +16,7 @@ from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.kernels.interface import DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
 from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
@@ -76,10 +76,10 @@ class MixedDimWorker(Worker):
             config.prefill, arena.device, model.dtype, policy.geometry.head_size
         )
         group = layers[0].num_heads // policy.num_kv_heads
-        setting = DecodeSetting(
+        decode_config = DecodeConfig(
             arena, policy.layout, group, artifacts.basis, scale, limits.requests
         )
-        decode_name, decode = decode_kernel(config.kernels, setting)
+        decode_name, decode = decode_kernel(config.kernels, decode_config)
         compressor = Compressor(
             policy.layout,
             LOSSES[config.loss],

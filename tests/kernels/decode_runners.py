@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.kernels.registry import DECODE
 from mdkv_vllm.testing import leases
 from mdkv_vllm.testing.leases import Model, Request
@@ -26,7 +26,7 @@ def attend(name, options, setting, query, layer, batch, output, lse):
     return output, lse, setting.kv_cache, recent
 
 
-def _made(name: str, setting: DecodeSetting, options: dict[str, Any]):
+def _made(name: str, setting: DecodeConfig, options: dict[str, Any]):
     if name == "triton":
         from mdkv_vllm.kernels.triton.decode import TritonDecode
 
@@ -106,7 +106,7 @@ class Case(leases.Case):
         self.runner, self.options, self.lse_error = runner, options, runner.lse_error
 
     def decode(self, query, layer, query_rows, lengths, scale, output, lse):
-        setting = DecodeSetting(
+        setting = DecodeConfig(
             self.arena, self.layout, self.model.group, self.calibrated, scale, len(query)
         )
         batch = DecodeBatch(self.block_table, query_rows, lengths, self.leases)

@@ -13,6 +13,7 @@ import torch
 os.environ["MDKV_GPU_REHEARSAL"] = "1"  # read when the kit's device is first asked for
 
 from benchmarks.gpu import (
+    baselines,
     check,
     compress_check,
     compress_time,
@@ -25,7 +26,6 @@ from benchmarks.gpu import (
     record,
     reference,
     report,
-    rivals,
     sanitize,
     sass,
 )
@@ -37,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
 
 __all__ = [
+    "baselines",
     "build",
     "check",
     "compress_check",
@@ -50,7 +51,6 @@ __all__ = [
     "record",
     "reference",
     "report",
-    "rivals",
     "sanitize",
     "sass",
 ]

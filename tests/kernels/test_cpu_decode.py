@@ -14,7 +14,7 @@ from decode_runners import Case
 
 from mdkv_vllm.kernels.cpu import cpu_isas
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import Model, Request
 
 RUNNER = decode_runners.cpu()
@@ -73,7 +73,7 @@ def decode_one(case: Case, **changes: torch.Tensor) -> None:
     }
     others |= {name: value for name, value in changes.items() if name in others}
     changed = {name: value for name, value in changes.items() if name not in others}
-    setting = DecodeSetting(case.arena, case.layout, model.group, case.calibrated, 1.0, 1)
+    setting = DecodeConfig(case.arena, case.layout, model.group, case.calibrated, 1.0, 1)
     CpuDecode(setting).attend(
         others["query"], 0, replace(batch, **changed), others["output"], others["lse"]
     )

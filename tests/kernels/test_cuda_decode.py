@@ -8,7 +8,7 @@ import torch
 from cuda_host import process as host
 from decode_runners import Case, run_ragged
 
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import Model, Request, ragged
 
 EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
@@ -64,7 +64,7 @@ def test_shares_weigh_the_same(runner, programs):
     lengths = torch.tensor(case.totals, dtype=torch.int32)
     rows = torch.arange(5, dtype=torch.int32)
     batch = DecodeBatch(case.block_table, rows, lengths, case.leases)
-    setting = DecodeSetting(case.arena, case.layout, model.group, case.calibrated, 1.0, 5)
+    setting = DecodeConfig(case.arena, case.layout, model.group, case.calibrated, 1.0, 5)
     output, lse = torch.empty(5, 6, 64), torch.empty(5, 6)
     call = setting, case.query(5, 6, 64), 1, batch, output, lse
     owners, weights = runner.process.submit(host.shares, {"programs": programs}, *call).result()

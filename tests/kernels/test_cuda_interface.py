@@ -10,7 +10,7 @@ from mdkv_vllm.core.formats import FormatSet, Kind, PageFormat, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.cuda.decode import CudaDecode
 from mdkv_vllm.kernels.cuda.library import CudaKernelError, library
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import Case, Model, Request
 
 SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -59,7 +59,7 @@ def setting(layout, group, kv_cache=None, max_queries=1):
     """Of a model without a calibrated basis."""
     if kv_cache is None:
         kv_cache = torch.empty(0)
-    return DecodeSetting(kv_cache, layout, group, None, 1.0, max_queries)
+    return DecodeConfig(kv_cache, layout, group, None, 1.0, max_queries)
 
 
 def call(layout, group, a):

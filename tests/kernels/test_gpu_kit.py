@@ -18,8 +18,8 @@ from mdkv_vllm.testing import leases
 pytest.importorskip("triton")
 
 import gpu_kit
-from gpu_kit import build as building
 from gpu_kit import (
+    baselines,
     check,
     compress_check,
     compress_time,
@@ -29,9 +29,9 @@ from gpu_kit import (
     record,
     reference,
     report,
-    rivals,
     sanitize,
 )
+from gpu_kit import build as building
 
 from mdkv_vllm.core import reference as specification
 from mdkv_vllm.testing.leases import Model, Request, ragged
@@ -307,7 +307,7 @@ def test_names_of_architectures():
     assert names == ["80", "89", "90a", "100", "120"]
 
 
-def test_report_without_rivals():
+def test_report_without_baselines():
     rows = [row("Triton", 41.0), row("xformers", math.nan)]
     assert "none" in report.table(rows, ("full",), "Triton")
     assert report.aims(rows)[1].line.endswith("nothing measured")
@@ -329,31 +329,31 @@ def test_rows_are_lines_of_json(tmp_path):
 
 
 def full_cache():
-    return rivals.FullCache.random(LOAD, 2, torch.Generator().manual_seed(1))
+    return baselines.FullCache.random(LOAD, 2, torch.Generator().manual_seed(1))
 
 
-def test_rivals_are_called_as_they_should_be():
+def test_baselines_are_called_as_they_should_be():
     cache = full_cache()
-    step = rivals.torch_sdpa(cache, rivals.SDPBackend.MATH)
-    assert cache.error(step(1), 1) < rivals.MAX_ERROR
-    assert cache.error(step(1), 0) > rivals.MAX_ERROR
+    step = baselines.torch_sdpa(cache, baselines.SDPBackend.MATH)
+    assert cache.error(step(1), 1) < baselines.MAX_ERROR
+    assert cache.error(step(1), 0) > baselines.MAX_ERROR
 
 
 def test_a_kernel_that_is_not_there_is_noted():
     def missing(_):
         raise ModuleNotFoundError("No module named 'that'")
 
-    timing, note = gpu_kit.measure.time_rival(missing, full_cache(), 2)
+    timing, note = gpu_kit.measure.time_baseline(missing, full_cache(), 2)
     assert math.isnan(timing.seconds)
     assert note == "not importable: No module named 'that'"
 
 
 def test_a_kernel_with_wrong_results_is_not_timed():
     cache = full_cache()
-    timing, note = gpu_kit.measure.time_rival(lambda _: torch.zeros_like, cache, 2)
+    timing, note = gpu_kit.measure.time_baseline(lambda _: torch.zeros_like, cache, 2)
     assert math.isnan(timing.seconds)
     assert note
-    timing, note = gpu_kit.measure.time_rival(lambda c: lambda i: c.queries[i] * 0, cache, 2)
+    timing, note = gpu_kit.measure.time_baseline(lambda c: lambda i: c.queries[i] * 0, cache, 2)
     assert note == "wrong result, relative error 1.0e+00"
 
 
@@ -370,8 +370,8 @@ def test_every_kernel_and_holding_gets_a_row(monkeypatch):
     monkeypatch.setattr(gpu_kit.measure, "DeviceCopy", Copy)
     monkeypatch.setattr(gpu_kit.measure, "sets_for", lambda call_bytes: 2)
     monkeypatch.setattr(gpu_kit.measure, "time_calls", timed)
-    full = list(gpu_kit.measure.time_full_caches(LOAD, list(rivals.RIVALS), 0))
-    assert [r["kernel"] for r in full] == list(rivals.RIVALS)
+    full = list(gpu_kit.measure.time_full_caches(LOAD, list(baselines.BASELINES), 0))
+    assert [r["kernel"] for r in full] == list(baselines.BASELINES)
     assert all(r["note"] for r in full if math.isnan(r["microseconds"]))
     ours = list(gpu_kit.measure.time_ours(LOAD, HOLDINGS, "Triton", 0))
     assert [r["holding"] for r in ours] == [h.name for h in HOLDINGS]

@@ -10,7 +10,7 @@ from mdkv_vllm.core.reference import read_page_table
 from mdkv_vllm.kernels import autotune, registry
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.cuda import library as cuda
-from mdkv_vllm.kernels.interface import DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeConfig
 
 GPU = torch.device("cuda")
 
@@ -53,7 +53,7 @@ def test_the_faster_is_taken(monkeypatch):
     monkeypatch.setattr(registry, "DECODE", {"cuda": lambda _: "C", "triton": lambda _: "T"})
     nothing = torch.empty(0, device="meta")
     monkeypatch.setattr(registry, "decode_kernels", lambda *_: ("cuda", "triton"))
-    setting = DecodeSetting(nothing, layout(("i8",)), 1, None, 1.0, 8)
+    setting = DecodeConfig(nothing, layout(("i8",)), 1, None, 1.0, 8)
     assert registry.decode_kernel("autotune", setting) == (
         "triton (1.50 x as fast as cuda here)",
         "T",
@@ -63,18 +63,18 @@ def test_the_faster_is_taken(monkeypatch):
 @pytest.mark.parametrize(
     ("names", "basis"), [(("drop", "i4", "i8", "full"), 0), (("r16", "i8"), 0), (("r16",), 16)]
 )
-def test_trial_leases_are_whole(names, basis):
+def test_autotune_s_leases_are_whole(names, basis):
     """Every list's pages lie in the lease, one after the other; what is read is finite."""
-    tried = autotune.Trial(layout(names, basis), 3, torch.device("cpu"), 4 << 20)
-    first, held = tried.batch.leases[5].tolist()
+    made = autotune.Workload(layout(names, basis), 3, torch.device("cpu"), 4 << 20)
+    first, held = made.batch.leases[5].tolist()
     assert first == 0
-    pages = tried.kv_cache[tried.batch.block_table[5, :held].long()].view(torch.uint8).flatten(0, 1)
-    table = read_page_table(pages.flatten(1), tried.layout)
+    pages = made.kv_cache[made.batch.block_table[5, :held].long()].view(torch.uint8).flatten(0, 1)
+    table = read_page_table(pages.flatten(1), made.layout)
     assert (table[..., 0] > 0).all()
-    capacity = torch.tensor([f.tokens_per_page for f in tried.layout.formats.formats])
+    capacity = torch.tensor([f.tokens_per_page for f in made.layout.formats.formats])
     ends = table[..., 1] + -(-table[..., 0] // capacity)
     assert int(ends.max()) <= len(pages)
     assert torch.equal(ends.flatten()[:-1], table[..., 1].flatten()[1:])
-    tried.output.fill_(torch.nan)
-    tried.attend(CpuDecode(tried.setting))
-    assert (tried.output == 0).all()
+    made.output.fill_(torch.nan)
+    made.attend(CpuDecode(made.config))
+    assert (made.output == 0).all()

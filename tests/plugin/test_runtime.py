@@ -14,7 +14,7 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
-from mdkv_vllm.kernels.interface import DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeConfig
 from mdkv_vllm.kernels.registry import compression_kernels
 from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.recorder import Recorder
@@ -53,7 +53,7 @@ class Worker:
         policy = Policy(config, geometry, LAYERS, HEADS)
         self.arena = torch.randn(BLOCKS, LAYERS * HEADS, BLOCK, 2 * SIZE).to(device)
         self.queries = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE)
-        setting = DecodeSetting(self.arena, policy.layout, GROUP, None, SIZE**-0.5, 8)
+        setting = DecodeConfig(self.arena, policy.layout, GROUP, None, SIZE**-0.5, 8)
         compressor = Compressor(
             policy.layout,
             LOSSES[config.loss],

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from mdkv_vllm.kernels.gpu_decode import GpuDecode, basis_in_use
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
 from .attend import attend_split
 from .merge import merge_parts
@@ -41,21 +41,21 @@ class TritonDecode(GpuDecode):
     layers, one call at a time.
 
     Args:
-        setting: the model.
+        config: the model.
         programs: as in :meth:`.SplitPlan.of`; None for what the device holds at once.
 
     Raises:
         ValueError: the basis has fewer directions than a format reads.
     """
 
-    def __init__(self, setting: DecodeSetting, programs: int | None = None) -> None:
-        super().__init__(setting)
-        device = setting.kv_cache.device
-        basis, rank = basis_in_use(setting)
+    def __init__(self, config: DecodeConfig, programs: int | None = None) -> None:
+        super().__init__(config)
+        device = config.kv_cache.device
+        basis, rank = basis_in_use(config)
         self._basis_keys, self._basis_values = basis.rows(device)
-        self._shape = DecodeShape(setting.layout, setting.group, rank)
+        self._shape = DecodeShape(config.layout, config.group, rank)
         programs = programs or resident_programs(self._shape, device)
-        self._workspace = _Workspace.allocate(self._shape, setting.max_queries, device, programs)
+        self._workspace = _Workspace.allocate(self._shape, config.max_queries, device, programs)
 
     def scratch(self) -> tuple[torch.Tensor, ...]:
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
@@ -70,10 +70,10 @@ class TritonDecode(GpuDecode):
         lse: torch.Tensor | None,
         recent: torch.Tensor | None,
     ) -> None:
-        setting, shape, space = self._setting, self._shape, self._workspace
+        config, shape, space = self._config, self._shape, self._workspace
         queries, heads = query.shape[0], shape.num_kv_heads
         plan = SplitPlan.of(queries, heads, space.programs)
-        pages = setting.kv_cache.view(torch.uint8)
+        pages = config.kv_cache.view(torch.uint8)
         requests = (
             batch.block_table, batch.block_table.stride(0),
             batch.query_rows, batch.lengths, batch.leases,
@@ -101,7 +101,7 @@ class TritonDecode(GpuDecode):
             pages,
             *requests,
             layer,
-            setting.scale * LOG2_E,
+            config.scale * LOG2_E,
             plan.min_pages,
             space.part_out,
             space.part_lse,

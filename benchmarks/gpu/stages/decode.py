@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..baselines import BASELINES, VLLM_KERNELS
 from ..jobs import Ended, Job, Row
 from ..loads import (
     BATCHES,
@@ -20,7 +21,6 @@ from ..loads import (
 )
 from ..measure import compile_kernels, time_full_caches, time_ours
 from ..report import OURS, Timed, aims, comparison, table, translation
-from ..rivals import RIVALS, VLLM_KERNELS
 from . import Options, Stage, of_kind
 from .build import build_job
 
@@ -40,10 +40,10 @@ def jobs(options: Options) -> list[Job]:
     else:
         loads = options.loads or DECISIVE
         holdings, many = DECISIVE_HOLDINGS, () if options.loads else MANY_LAYERS
-    rivals = tuple(RIVALS) if options.everything else (*VLLM_KERNELS, "torch cuDNN")
+    baselines = tuple(BASELINES) if options.everything else (*VLLM_KERNELS, "torch cuDNN")
     compiling = _compile_jobs(loads, holdings, many, options)
     ready = tuple(job.name for job in compiling)
-    timing = [job for load in loads for job in _timing_jobs(load, holdings, rivals, options)]
+    timing = [job for load in loads for job in _timing_jobs(load, holdings, baselines, options)]
     for load, holding in many:
         for layers in (load.layers, 1):
             one = replace(load, layers=layers)
@@ -76,9 +76,9 @@ def _compile_jobs(
 
 
 def _timing_jobs(
-    load: Load, holdings: Sequence[Holding], rivals: Sequence[str], options: Options
+    load: Load, holdings: Sequence[Holding], baselines: Sequence[str], options: Options
 ) -> list[Job]:
-    arguments = (load, rivals, options.seed)
+    arguments = (load, baselines, options.seed)
     return [
         Job(f"full caches, {load.name}", time_full_caches, arguments, SECONDS),
         *(_our_job(load, holdings, kernel, options) for kernel in OURS),

@@ -112,8 +112,8 @@ def flash_attention() -> str:
     """The kit's calls of FlashAttention 3 have the arguments of its operations."""
     import torch
 
+    from benchmarks.gpu.baselines import FLASH_ATTENTION_3, FullCache, vllm_flash_attention_3
     from benchmarks.gpu.loads import LLAMA, Load
-    from benchmarks.gpu.rivals import FLASH_ATTENTION_3, FullCache, vllm_flash_attention_3
 
     path = importlib.import_module("vllm.vllm_flash_attn._vllm_fa3_C").__file__
     assert path is not None

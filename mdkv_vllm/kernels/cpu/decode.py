@@ -10,19 +10,19 @@ from mdkv_vllm.core.basis import Basis, hadamard
 from mdkv_vllm.core.formats import full_format
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.cpu.formats import format_table
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
 
 class CpuDecode:
     """:class:`mdkv_vllm.kernels.interface.DecodeKernel` on a CPU.
 
     Args:
-        setting: the model; batches of any size are taken at once.
+        config: the model; batches of any size are taken at once.
     """
 
-    def __init__(self, setting: DecodeSetting) -> None:
-        self._setting = setting
-        self._tables = _Tables.build(setting.layout, setting.basis)
+    def __init__(self, config: DecodeConfig) -> None:
+        self._config = config
+        self._tables = _Tables.build(config.layout, config.basis)
 
     def attend(
         self,
@@ -43,7 +43,7 @@ class CpuDecode:
         tables = self._tables
         torch.ops.mdkv.mixed_decode.default(
             query,
-            self._setting.kv_cache,
+            self._config.kv_cache,
             layer,
             tables.num_kv_heads,
             batch.block_table,
@@ -57,7 +57,7 @@ class CpuDecode:
             tables.basis_first_page,
             tables.basis_pages_per_head,
             tables.prompt_basis_rank,
-            self._setting.scale,
+            self._config.scale,
             output,
             lse,
         )

@@ -17,7 +17,7 @@ from mdkv_vllm.kernels.cuda.library import (
     shape_of,
 )
 from mdkv_vllm.kernels.gpu_decode import GpuDecode, basis_in_use
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeSetting
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
 _NEEDS_BYTES = 16
 """Alignment of the cache and the workspace."""
@@ -29,7 +29,7 @@ class CudaDecode(GpuDecode):
     One workspace serves all layers, one call at a time.
 
     Args:
-        setting: the model.
+        config: the model.
         programs: warps that share a batch; None for all that the device has room for at once.
 
     Raises:
@@ -37,12 +37,12 @@ class CudaDecode(GpuDecode):
         ValueError: the basis has fewer directions than a format reads.
     """
 
-    def __init__(self, setting: DecodeSetting, programs: int | None = None) -> None:
-        super().__init__(setting)
-        device = setting.kv_cache.device
-        basis, rank = basis_in_use(setting)
+    def __init__(self, config: DecodeConfig, programs: int | None = None) -> None:
+        super().__init__(config)
+        device = config.kv_cache.device
+        basis, rank = basis_in_use(config)
         self._basis_keys, self._basis_values = basis.rows(device)
-        self._shape, self._plan = shape_of(setting.layout, setting.group, rank), Plan()
+        self._shape, self._plan = shape_of(config.layout, config.group, rank), Plan()
         size = ctypes.c_size_t()
         with _on(device):
             check(
@@ -54,7 +54,7 @@ class CudaDecode(GpuDecode):
             library().mdkv_cuda_workspace_bytes(
                 ctypes.byref(self._shape),
                 ctypes.byref(self._plan),
-                setting.max_queries,
+                config.max_queries,
                 ctypes.byref(size),
             )
         )
@@ -78,10 +78,10 @@ class CudaDecode(GpuDecode):
         lse: torch.Tensor | None,
         recent: torch.Tensor | None,
     ) -> None:
-        setting = self._setting
-        _check_tensors(query, setting, batch, output, lse)
+        config = self._config
+        _check_tensors(query, config, batch, output, lse)
         _check_recent(query, recent)
-        layers = setting.layout.num_layers
+        layers = config.layout.num_layers
         if not 0 <= layer < layers:
             raise CudaKernelError(f"layer: {layer}; the cache has {layers} layers")
         call = Call(
@@ -90,9 +90,9 @@ class CudaDecode(GpuDecode):
             query.stride(1),
             ELEMENT[query.dtype],
             len(query),
-            setting.kv_cache.data_ptr(),
+            config.kv_cache.data_ptr(),
             layer,
-            setting.scale,
+            config.scale,
             batch.block_table.data_ptr(),
             batch.block_table.stride(0),
             batch.query_rows.data_ptr(),
@@ -127,14 +127,14 @@ def _on(device: torch.device) -> torch.cuda.device | nullcontext[None]:
 
 def _check_tensors(
     query: torch.Tensor,
-    setting: DecodeSetting,
+    config: DecodeConfig,
     batch: DecodeBatch,
     output: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
     """Whatever can be seen without looking at the device's memory."""
-    layout, kv_cache = setting.layout, setting.kv_cache
-    heads, size = layout.num_kv_heads * setting.group, layout.geometry.head_size
+    layout, kv_cache = config.layout, config.kv_cache
+    heads, size = layout.num_kv_heads * config.group, layout.geometry.head_size
     queries = len(query)
     for name, tensor in (("query", query), ("output", output)):
         if tuple(tensor.shape) != (queries, heads, size) or tensor.stride(2) != 1:

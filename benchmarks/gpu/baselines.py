@@ -199,7 +199,7 @@ def xformers(cache: FullCache) -> Step:
 
 
 VLLM_KERNELS = ("FlashAttention 3, contiguous", "FlashAttention 3, paged")
-RIVALS: dict[str, Callable[[FullCache], Step]] = {
+BASELINES: dict[str, Callable[[FullCache], Step]] = {
     VLLM_KERNELS[0]: lambda cache: vllm_flash_attention_3(cache, paged=False),
     VLLM_KERNELS[1]: lambda cache: vllm_flash_attention_3(cache, paged=True),
     "torch flash": lambda cache: torch_sdpa(cache, SDPBackend.FLASH_ATTENTION),

@@ -1,5 +1,6 @@
 """The C++ extension; everything else is in pyproject.toml."""
 
+import os
 import platform
 from pathlib import Path
 
@@ -33,8 +34,14 @@ class BuildPerIsa(BuildExtension):
 
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
+NOT_FOR_SERVING = ["mdkv_vllm.eval", "mdkv_vllm.eval.*", "mdkv_vllm.testing"]
+"""Left out of images, which set MDKV_SERVING_ONLY."""
+
 setup(
-    packages=find_packages(include=["mdkv_vllm", "mdkv_vllm.*"]),
+    packages=find_packages(
+        include=["mdkv_vllm", "mdkv_vllm.*"],
+        exclude=NOT_FOR_SERVING if os.environ.get("MDKV_SERVING_ONLY") else [],
+    ),
     ext_modules=[
         CppExtension(
             "mdkv_vllm._cpu",

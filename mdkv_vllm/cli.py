@@ -6,13 +6,13 @@ import argparse
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 
 from mdkv_vllm import __version__
 from mdkv_vllm.config import BASIS_FILE, DEFAULT_BUDGET, HEADS_FILE, ConfigError
-from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
 from mdkv_vllm.operate.plan import add_arguments as add_plan_arguments
 from mdkv_vllm.operate.top import add_arguments as add_top_arguments
 
@@ -83,6 +83,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     heads.set_defaults(run=_head_scores)
 
+    if find_spec("mdkv_vllm.eval") is None:
+        for name in ("eval", "inspect"):
+            absent = commands.add_parser(name, help="not in this installation")
+            absent.add_argument("arguments", nargs=argparse.REMAINDER)
+            absent.set_defaults(run=_not_here)
+    else:
+        _add_evaluation(commands)
+
+    plan = commands.add_parser("plan", help="how many requests fit in a GPU's memory")
+    add_plan_arguments(plan)
+
+    top = commands.add_parser("top", help="watch a running server")
+    add_top_arguments(top)
+
+    demo = commands.add_parser("demo", help="ask a server about a long document")
+    demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")
+    demo.add_argument(
+        "--port", type=int, default=8000, help="this machine's server (default: %(default)s)"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _not_here(options: argparse.Namespace) -> int:
+    raise ValueError(
+        "evaluation is not part of a serving image; install it elsewhere with "
+        "pip install 'mdkv-vllm[eval]' (--server URL asks a running server)"
+    )
+
+
+def _add_evaluation(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from mdkv_vllm.eval.command import add_arguments as add_eval_arguments
+
     evaluate = commands.add_parser("eval", help="measure answer quality over bytes kept")
     add_eval_arguments(evaluate)
 
@@ -110,20 +143,6 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, required=True, metavar="PAGE", help="HTML file to write"
     )
     inspect.set_defaults(run=_inspect)
-
-    plan = commands.add_parser("plan", help="how many requests fit in a GPU's memory")
-    add_plan_arguments(plan)
-
-    top = commands.add_parser("top", help="watch a running server")
-    add_top_arguments(top)
-
-    demo = commands.add_parser("demo", help="ask a server about a long document")
-    demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")
-    demo.add_argument(
-        "--port", type=int, default=8000, help="this machine's server (default: %(default)s)"
-    )
-    demo.set_defaults(run=_demo)
-    return parser
 
 
 def _prepare_model(options: argparse.Namespace) -> None:
@@ -179,7 +198,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from mdkv_vllm.config import read_config
     from mdkv_vllm.eval.inspect import inspect_prompt, tokenise
     from mdkv_vllm.eval.inspect_page import page
-    from mdkv_vllm.eval.model import EvalModel
+    from mdkv_vllm.models.in_process import InProcessModel
 
     # What can be refused is refused before a model is loaded.
     try:
@@ -197,7 +216,7 @@ def _inspect(options: argparse.Namespace) -> None:
     except ConfigError as error:
         raise ValueError(f"--settings: {error}") from error
     text = _prompt(options.prompt)
-    model = EvalModel(options.model, getattr(torch, options.dtype))
+    model = InProcessModel(options.model, getattr(torch, options.dtype))
     prompt = tokenise(model.tokenizer, text, options.chat, options.find)
     inspection = inspect_prompt(model, prompt, config)
     options.out.write_text(page(inspection), "utf-8")

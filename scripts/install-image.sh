@@ -29,6 +29,8 @@ case "$#:${1:-}:${2:-}" in
         ;;
     3:package:*)
         readonly VENV="$2"
+        # Evaluation is for those who choose a budget, not for those who serve at it.
+        export MDKV_SERVING_ONLY=1
         install_copy "$3" pyproject.toml setup.py README.md csrc mdkv_vllm triton_kernels
         ;;
     *)

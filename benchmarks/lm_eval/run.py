@@ -19,11 +19,11 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from mdkv_vllm.config import REQUEST_BUDGET
-from mdkv_vllm.eval.example import AGREEMENT, Example
-from mdkv_vllm.eval.prompt import prompt_text
 from mdkv_vllm.eval.server import Server
-from mdkv_vllm.eval.tasks import SEED, generate
-from mdkv_vllm.eval.text import Haystack, reference_prose, token_counter
+from mdkv_vllm.tasks import SEED, generate
+from mdkv_vllm.tasks.example import AGREEMENT, Example
+from mdkv_vllm.tasks.prompt import prompt_text
+from mdkv_vllm.tasks.text import Haystack, reference_prose, token_counter
 
 SHARED = Path(__file__).with_name("task.yaml")
 TASKS = ("needle_digits", "multikey_1", "variable_tracking", "json_lookup", "followup")
@@ -67,7 +67,7 @@ def write_tasks(
 
     Args:
         tokenizer: of the served model; renders the prompts.
-        tasks: names of tasks, out of :data:`mdkv_vllm.eval.tasks.TASKS`.
+        tasks: names of tasks, out of :data:`mdkv_vllm.tasks.TASKS`.
         lengths: prompt tokens.
         per_task: examples of each task and length.
         folder: where to write; made if missing.

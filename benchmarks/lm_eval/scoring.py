@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdkv_vllm.eval.example import Turn, score
+from mdkv_vllm.tasks.example import Turn, score
 
 
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:

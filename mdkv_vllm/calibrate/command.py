@@ -87,11 +87,11 @@ def head_scores(
         OSError: a text cannot be read.
     """
     from mdkv_vllm.calibrate.head_scores import measure_head_scores, questions
-    from mdkv_vllm.eval.model import EvalModel
-    from mdkv_vllm.eval.text import Haystack, load_text, reference_prose, token_counter
+    from mdkv_vllm.models.in_process import InProcessModel
+    from mdkv_vllm.tasks.text import Haystack, load_text, reference_prose, token_counter
 
     text = load_text(texts) if texts else reference_prose()
-    model = EvalModel(model_name, torch.bfloat16, device)
+    model = InProcessModel(model_name, torch.bfloat16, device)
     haystack = Haystack(text, token_counter(model.tokenizer))
     examples = list(questions(haystack, lengths, per_length))
     with _progress("asking", console) as progress:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.eval.cache import full_cache
-from mdkv_vllm.eval.example import Example, Turn, score
-from mdkv_vllm.eval.model import EvalModel
-from mdkv_vllm.eval.prompt import prompt_text
-from mdkv_vllm.eval.tasks import generate
-from mdkv_vllm.eval.text import Haystack
+from mdkv_vllm.models.held_cache import full_cache
+from mdkv_vllm.models.in_process import InProcessModel
+from mdkv_vllm.tasks import generate
+from mdkv_vllm.tasks.example import Example, Turn, score
+from mdkv_vllm.tasks.prompt import prompt_text
+from mdkv_vllm.tasks.text import Haystack
 
 TASKS = ("needle_digits", "multikey_1")
 MIN_ANSWERED = 8
@@ -57,7 +57,7 @@ def questions(haystack: Haystack, lengths: list[int], per_length: int) -> Iterat
 
 
 def measure_head_scores(
-    model: EvalModel,
+    model: InProcessModel,
     examples: list[Example],
     advance: Callable[[], None] = lambda: None,
 ) -> HeadScores:
@@ -88,7 +88,7 @@ def measure_head_scores(
     return HeadScores(total / answered, answered, len(examples), tokens)
 
 
-def _score_question(model: EvalModel, example: Example) -> torch.Tensor | None:
+def _score_question(model: InProcessModel, example: Example) -> torch.Tensor | None:
     """Scores ``[layers, query_heads]`` from one question; None where it is answered wrong."""
     turn = example.turns[0]
     prompt, hidden = locate(model.tokenizer, prompt_text(model.tokenizer, example, 0), turn)

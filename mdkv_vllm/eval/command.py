@@ -23,12 +23,12 @@ from mdkv_vllm.config import (
 )
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES, POOL_AFTER, POOL_BEFORE
-from mdkv_vllm.eval.example import Example
 from mdkv_vllm.eval.report import markdown, plots
 from mdkv_vllm.eval.rows import Row, append_rows, read_rows
-from mdkv_vllm.eval.tasks import TASKS, generate
-from mdkv_vllm.eval.tasks.published import load_published
-from mdkv_vllm.eval.text import Haystack, load_text, reference_prose, token_counter
+from mdkv_vllm.tasks import TASKS, generate
+from mdkv_vllm.tasks.example import Example
+from mdkv_vllm.tasks.published import load_published
+from mdkv_vllm.tasks.text import Haystack, load_text, reference_prose, token_counter
 
 QUICK_TASKS = ("needle_digits", "long_answer")
 DEFAULT_BUDGETS = (0.5, 0.27, 0.25, 0.125, 0.0625)
@@ -187,12 +187,12 @@ Measure = Callable[[Example, int, set[tuple[str, int, str, float]]], Iterable[Ro
 def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     from mdkv_vllm.eval.methods import NEED_HEAD_SCORES, methods_for
     from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction, require_kvpress
-    from mdkv_vllm.eval.model import EvalModel
     from mdkv_vllm.eval.offline import measure, trials
+    from mdkv_vllm.models.in_process import InProcessModel
 
     if options.dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype is {options.dtype!r}; allowed are float32, bfloat16, float16")
-    model = EvalModel(options.model, getattr(torch, options.dtype), options.device)
+    model = InProcessModel(options.model, getattr(torch, options.dtype), options.device)
     known = methods_for(model)
     for name in options.methods or []:
         if name not in known:

@@ -10,9 +10,9 @@ import torch
 
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.formats import PageGeometry
-from mdkv_vllm.eval.cache import BLOCK_TOKENS, full_cache
 from mdkv_vllm.eval.methods.ours import MixedDim
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.held_cache import BLOCK_TOKENS, full_cache
+from mdkv_vllm.models.in_process import InProcessModel
 
 ANSWER_TOKENS = 32
 
@@ -103,7 +103,7 @@ def tokenise(tokenizer: Any, text: str, chat: bool | None, find: str = "") -> Pr
     return Prompt(tuple(ids), tuple(pieces), find, _marked(text, places, find))
 
 
-def inspect_prompt(model: EvalModel, prompt: Prompt, config: MixedDimConfig) -> Inspection:
+def inspect_prompt(model: InProcessModel, prompt: Prompt, config: MixedDimConfig) -> Inspection:
     """Compress a prompt as the server does and ask the model with and without.
 
     Args:

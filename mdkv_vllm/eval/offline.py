@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mdkv_vllm.eval.cache import HeldCache, Prefill, full_cache
-from mdkv_vllm.eval.example import Example, Turn
 from mdkv_vllm.eval.methods import Method
-from mdkv_vllm.eval.model import EvalModel
-from mdkv_vllm.eval.prompt import prompt_text, token_ids
 from mdkv_vllm.eval.rows import Row
+from mdkv_vllm.models.held_cache import HeldCache, Prefill, full_cache
+from mdkv_vllm.models.in_process import InProcessModel
+from mdkv_vllm.tasks.example import Example, Turn
+from mdkv_vllm.tasks.prompt import prompt_text, token_ids
 
 WINDOW = 64
 """Queries kept of each prompt; no method has a larger observation window."""
@@ -33,7 +33,9 @@ def trials(methods: Iterable[Method], budgets: Sequence[float]) -> list[Trial]:
     return [Trial(m, b) for m in methods for b in (m.fixed_shares or tuple(budgets))]
 
 
-def measure(model: EvalModel, example: Example, turn: int, wanted: Sequence[Trial]) -> list[Row]:
+def measure(
+    model: InProcessModel, example: Example, turn: int, wanted: Sequence[Trial]
+) -> list[Row]:
     """Answer one turn with every method.
 
     Args:
@@ -74,7 +76,7 @@ def measure(model: EvalModel, example: Example, turn: int, wanted: Sequence[Tria
 
 
 def _answers(
-    model: EvalModel, prefill: Prefill, caches: Sequence[HeldCache], asked: Turn
+    model: InProcessModel, prefill: Prefill, caches: Sequence[HeldCache], asked: Turn
 ) -> list[list[int]]:
     """Generated tokens; none where only agreement counts."""
     if not asked.answers:
@@ -83,7 +85,7 @@ def _answers(
 
 
 def _distances(
-    model: EvalModel,
+    model: InProcessModel,
     prefill: Prefill,
     caches: Sequence[HeldCache],
     answer: Sequence[int],

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mdkv_vllm.eval.example import Example, score
+from mdkv_vllm.tasks.example import Example, score
 
 
 @dataclass(frozen=True)

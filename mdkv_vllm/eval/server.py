@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any
 
 from mdkv_vllm.config import REQUEST_BUDGET
-from mdkv_vllm.eval.example import Example
-from mdkv_vllm.eval.prompt import prompt_text
 from mdkv_vllm.eval.rows import Row
+from mdkv_vllm.tasks.example import Example
+from mdkv_vllm.tasks.prompt import prompt_text
 
 
 class ServerError(ValueError):

@@ -11,12 +11,12 @@ from mdkv_vllm.artifacts.store import (
     save_head_scores,
 )
 from mdkv_vllm.calibrate.head_scores import credit, locate, measure_head_scores, questions
-from mdkv_vllm.eval.cache import HeldCache
-from mdkv_vllm.eval.example import score
-from mdkv_vllm.eval.model import EvalModel
-from mdkv_vllm.eval.prompt import prompt_text
-from mdkv_vllm.eval.text import Haystack, reference_prose, token_counter
 from mdkv_vllm.models import prepare_smollm2
+from mdkv_vllm.models.held_cache import HeldCache
+from mdkv_vllm.models.in_process import InProcessModel
+from mdkv_vllm.tasks.example import score
+from mdkv_vllm.tasks.prompt import prompt_text
+from mdkv_vllm.tasks.text import Haystack, reference_prose, token_counter
 
 
 def test_credit_is_attention_of_the_strongest_places_that_lie_in_the_answer():
@@ -62,7 +62,7 @@ def test_scores_that_do_not_fit_are_refused(tmp_path, scores, model, message):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return EvalModel(prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2"))
+    return InProcessModel(prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from mdkv_vllm.config import read_config
 from mdkv_vllm.eval.inspect import ANSWER_TOKENS, inspect_prompt, tokenise
 from mdkv_vllm.eval.inspect_page import page
 from mdkv_vllm.eval.methods.ours import MixedDim
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.in_process import InProcessModel
 
 FILLER = "The river was calm and the boats lay still in the harbour of the old town. "
 NEEDLE = "The code of the gate is 4711."
@@ -46,7 +46,7 @@ def tiny_llama(tmp_path_factory, model_folder):
 
 @pytest.fixture(scope="module")
 def model(tiny_llama):
-    return EvalModel(tiny_llama, torch.float32)
+    return InProcessModel(tiny_llama, torch.float32)
 
 
 def data_of(html):

@@ -6,17 +6,17 @@ from transformers import AutoModelForCausalLM
 
 from mdkv_vllm.artifacts.store import load_head_scores
 from mdkv_vllm.config import HEADS_FILE
-from mdkv_vllm.eval.cache import HeldCache, full_cache
 from mdkv_vllm.eval.methods import methods_for
-from mdkv_vllm.eval.model import EvalModel
 from mdkv_vllm.eval.offline import WINDOW
+from mdkv_vllm.models.held_cache import HeldCache, full_cache
+from mdkv_vllm.models.in_process import InProcessModel
 
 PROMPT_TOKENS = 400
 
 
 @pytest.fixture(scope="module")
 def model(tiny_folder):
-    return EvalModel(tiny_folder, torch.float32)
+    return InProcessModel(tiny_folder, torch.float32)
 
 
 @pytest.fixture(scope="module")

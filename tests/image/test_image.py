@@ -77,6 +77,13 @@ def test_the_package_is_not_editable_and_its_ops_load(run):
     )
 
 
+def test_evaluation_stays_outside_and_calibration_is_there(run):
+    told = run("mdkv", "eval", "some/model", "--offline", fails=True)
+    assert "evaluation is not part of a serving image" in told
+    assert "inspect.html" not in run("pip", "show", "--files", "mdkv-vllm")
+    assert "--per-length" in run("mdkv", "head-scores", "--help")
+
+
 def test_requirements_fit_each_other(run):
     conflicts = run("pip", "check", fails=True).splitlines()
     # What requirements/cpu.txt leaves out on purpose, and says so.

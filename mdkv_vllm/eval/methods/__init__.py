@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 from mdkv_vllm.config import EVEN_HEADS, HEADS_FILE
-from mdkv_vllm.eval.cache import HeldCache, Prefill
 from mdkv_vllm.eval.methods import eviction
 from mdkv_vllm.eval.methods.baseline import Full, Recent
 from mdkv_vllm.eval.methods.eviction import WINDOW, ChannelPruning, Eviction
 from mdkv_vllm.eval.methods.kvcompress import HEADKV_BUDGETS, HeadKV, KVCompress
 from mdkv_vllm.eval.methods.ours import MixedDim
 from mdkv_vllm.eval.methods.quantised import Float8, Uniform
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.held_cache import HeldCache, Prefill
+from mdkv_vllm.models.in_process import InProcessModel
 
 
 class Method(Protocol):
@@ -28,7 +28,7 @@ class Method(Protocol):
         """The only shares of bytes it can hold, or none if any budget will do."""
         ...
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """Hold a prompt within a share of its full bytes.
 
         Args:
@@ -43,7 +43,7 @@ NEED_HEAD_SCORES = ("ours-even", "paper-h", "headkv")
 """Methods that cannot be applied, or say nothing new, for a model without head scores."""
 
 
-def methods_for(model: EvalModel) -> dict[str, Method]:
+def methods_for(model: InProcessModel) -> dict[str, Method]:
     """Every method by name."""
     scores = str(model.folder / HEADS_FILE)
     paper = {"formats": "paper", "basis": "prompt", "loss": "paper", "window": WINDOW}

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted, full_cache
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.held_cache import BLOCK_TOKENS, HeldCache, Prefill, evicted, full_cache
+from mdkv_vllm.models.in_process import InProcessModel
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Full:
     name: str = "full"
     fixed_shares: tuple[float, ...] = (1.0,)
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         return full_cache(prefill)
 
@@ -29,7 +29,7 @@ class Recent:
     name: str = "recent"
     fixed_shares: tuple[float, ...] = ()
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         count = int(budget * prefill.num_tokens) // BLOCK_TOKENS * BLOCK_TOKENS
         kept = torch.zeros(prefill.keys.shape[:3], dtype=torch.bool)

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted, full_cache
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.held_cache import BLOCK_TOKENS, HeldCache, Prefill, evicted, full_cache
+from mdkv_vllm.models.in_process import InProcessModel
 
 WINDOW = 32
 """Observation window of every method that has one (MixedDimKV's alpha); ours has a setting."""
@@ -46,7 +46,7 @@ class Eviction:
     build: Callable[[float], Any]
     fixed_shares: tuple[float, ...] = ()
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         # Whole pages first; lists of uneven length then waste half a page each, which is
         # taken off once so that the bytes come out at the budget or just below.
@@ -62,7 +62,7 @@ class Eviction:
         over = (held.share - budget) * prefill.num_tokens
         return held if over <= 0 else self._keep(model, prefill, tokens - int(over) - 1)
 
-    def _keep(self, model: EvalModel, prefill: Prefill, tokens: int) -> HeldCache:
+    def _keep(self, model: InProcessModel, prefill: Prefill, tokens: int) -> HeldCache:
         # kvpress rounds down what is left; half a token more makes it the number meant.
         press = self.build(1 - (tokens + 0.5) / prefill.num_tokens)
         layers = [
@@ -106,7 +106,7 @@ class ChannelPruning:
     name: str = "think"
     fixed_shares: tuple[float, ...] = (0.75, 0.5625)
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         from kvpress import ThinKPress
 

@@ -9,10 +9,10 @@ import torch
 
 from mdkv_vllm.artifacts.store import load_head_budgets
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, evicted
 from mdkv_vllm.eval.methods.block_eviction import evict_blocks, keep_best, squared_attention
 from mdkv_vllm.eval.methods.eviction import WINDOW
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.held_cache import BLOCK_TOKENS, HeldCache, Prefill, evicted
+from mdkv_vllm.models.in_process import InProcessModel
 
 HEADKV_BUDGETS: dict[str, Any] = {"head_share": 1 / 1.1, "head_power": 1.0}
 """How HeadKV and MixedDimKV-H divide a budget: beta 1.1, scores as they are."""
@@ -29,7 +29,7 @@ class KVCompress:
     name: str = "kvcompress"
     fixed_shares: tuple[float, ...] = ()
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         num_blocks = int(budget * _all_blocks(prefill))
         return evicted(
@@ -48,7 +48,7 @@ class HeadKV:
     name: str = "headkv"
     fixed_shares: tuple[float, ...] = ()
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`.
 
         Raises:
@@ -75,6 +75,6 @@ def _all_blocks(prefill: Prefill) -> int:
     return prefill.keys[..., 0, 0].numel() * -(-prefill.num_tokens // BLOCK_TOKENS)
 
 
-def _metric(model: EvalModel, prefill: Prefill) -> torch.Tensor:
+def _metric(model: InProcessModel, prefill: Prefill) -> torch.Tensor:
     queries = prefill.queries[:, :, -WINDOW:].float()
     return squared_attention(queries, prefill.keys.float(), model.scale)

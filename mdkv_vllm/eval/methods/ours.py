@@ -16,9 +16,9 @@ from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.packing import unpack_list
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
-from mdkv_vllm.eval.cache import BLOCK_TOKENS, HeldCache, Prefill, full_cache
-from mdkv_vllm.eval.model import EvalModel
 from mdkv_vllm.kernels.cpu.compress import CpuKernels
+from mdkv_vllm.models.held_cache import BLOCK_TOKENS, HeldCache, Prefill, full_cache
+from mdkv_vllm.models.in_process import InProcessModel
 from mdkv_vllm.policy import Policy
 
 
@@ -35,7 +35,7 @@ class MixedDim:
     settings: dict[str, object] = field(default_factory=dict)
     fixed_shares: tuple[float, ...] = ()
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         config = MixedDimConfig(budget=budget, **self.settings)  # type: ignore[arg-type]
         # Bytes are counted against a 16-bit cache whatever the model computes in.
@@ -59,7 +59,7 @@ class MixedDim:
         )
         return read_back(prefill, result, plan, policy.layout, basis)
 
-    def _basis(self, model: EvalModel, policy: Policy) -> Basis | None:
+    def _basis(self, model: InProcessModel, policy: Policy) -> Basis | None:
         if not policy.formats.uses_basis or policy.prompt_basis:
             return None
         path = policy.config.basis_path(str(model.folder))

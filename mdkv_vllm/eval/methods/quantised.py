@@ -9,8 +9,8 @@ import torch
 from mdkv_vllm.core.basis import hadamard
 from mdkv_vllm.core.formats import CODE_ZERO, SCALE_BYTES
 from mdkv_vllm.core.quantise import dequantise, quantise
-from mdkv_vllm.eval.cache import HeldCache, Prefill
-from mdkv_vllm.eval.model import EvalModel
+from mdkv_vllm.models.held_cache import HeldCache, Prefill
+from mdkv_vllm.models.in_process import InProcessModel
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Uniform:
         """The one size it has."""
         return ((self.head_size * self.bits / 8 + SCALE_BYTES) / (2 * self.head_size),)
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         rotation = hadamard(self.head_size)
 
@@ -51,7 +51,7 @@ class Float8:
     name: str = "fp8"
     fixed_shares: tuple[float, ...] = (0.5,)
 
-    def apply(self, model: EvalModel, prefill: Prefill, budget: float) -> HeldCache:
+    def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
 
         def round_trip(x: torch.Tensor) -> torch.Tensor:

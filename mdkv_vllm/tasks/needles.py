@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from mdkv_vllm.eval.example import Turn
-from mdkv_vllm.eval.tasks.filling import hide, place, series
-from mdkv_vllm.eval.tasks.task import Draft, Plan, Setting, Task
-from mdkv_vllm.eval.tasks.vocabulary import digits, distinct, random_uuid, word_pair
+from mdkv_vllm.tasks.example import Turn
+from mdkv_vllm.tasks.filling import hide, place, series
+from mdkv_vllm.tasks.task import Draft, Plan, Setting, Task
+from mdkv_vllm.tasks.vocabulary import digits, distinct, random_uuid, word_pair
 
 _GROUP = 4
 """Keys of ``multikey_1`` and ``multiquery``, values of ``multivalue``."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mdkv_vllm.eval.example import Example, ScoringError, Turn
-from mdkv_vllm.eval.tasks.errors import TaskError
-from mdkv_vllm.eval.tasks.fitting import prompt_tokens
-from mdkv_vllm.eval.text import TokenCount
+from mdkv_vllm.tasks.errors import TaskError
+from mdkv_vllm.tasks.example import Example, ScoringError, Turn
+from mdkv_vllm.tasks.fitting import prompt_tokens
+from mdkv_vllm.tasks.text import TokenCount
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from mdkv_vllm.eval.tasks import generate
-from mdkv_vllm.eval.tasks.classification import TOPICS
-from mdkv_vllm.eval.tasks.filling import hide
-from mdkv_vllm.eval.text import Haystack, reference_prose
+from mdkv_vllm.tasks import generate
+from mdkv_vllm.tasks.classification import TOPICS
+from mdkv_vllm.tasks.filling import hide
+from mdkv_vllm.tasks.text import Haystack, reference_prose
 
 NEEDLE = re.compile(r"A special magic (\w+) for (\S+) is (\S+)\.")
 

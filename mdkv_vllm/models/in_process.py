@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mdkv_vllm.eval.cache import HeldCache, Prefill, Recorder
+from mdkv_vllm.models.held_cache import HeldCache, Prefill, Recorder
 
 Watch = Callable[[int, torch.Tensor], None]
 """Told, layer by layer, how decoding attends to the prompt: float32 ``[rows, query_heads, steps,
@@ -31,7 +31,7 @@ class _Decoding:
     watch: Watch | None = None
 
 
-class EvalModel:
+class InProcessModel:
     """A Hugging Face causal language model whose attention reads caches that we supply.
 
     Args:
@@ -212,7 +212,7 @@ class EvalModel:
 class _Steps:
     """Forward passes after a prompt; transformers' own cache holds only what came after it."""
 
-    def __init__(self, model: EvalModel, position: int) -> None:
+    def __init__(self, model: InProcessModel, position: int) -> None:
         from transformers import DynamicCache
 
         self._model, self._position = model, position
@@ -247,7 +247,7 @@ def _attend(
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Masks are :meth:`EvalModel.attend`'s own business."""
+    """Masks are :meth:`InProcessModel.attend`'s own business."""
     del args, kwargs
 
 

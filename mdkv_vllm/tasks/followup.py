@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mdkv_vllm.eval.tasks.filling import hide
-from mdkv_vllm.eval.tasks.needles import NUMBER, announce, ask, needle
-from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
-from mdkv_vllm.eval.tasks.vocabulary import digits, distinct, word_pair
+from mdkv_vllm.tasks.filling import hide
+from mdkv_vllm.tasks.needles import NUMBER, announce, ask, needle
+from mdkv_vllm.tasks.task import Draft, Setting, Task
+from mdkv_vllm.tasks.vocabulary import digits, distinct, word_pair
 
 
 def _plan(setting: Setting) -> Callable[[int], Draft]:

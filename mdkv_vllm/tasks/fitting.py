@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mdkv_vllm.eval.example import Example
-from mdkv_vllm.eval.tasks.errors import TaskError
-from mdkv_vllm.eval.text import TokenCount
+from mdkv_vllm.tasks.errors import TaskError
+from mdkv_vllm.tasks.example import Example
+from mdkv_vllm.tasks.text import TokenCount
 
 OVERHEAD_TOKENS = 60
 """Set aside for the chat template: special tokens, role names and its own system message."""

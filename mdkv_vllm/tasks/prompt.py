@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mdkv_vllm.eval.example import Example
+from mdkv_vllm.tasks.example import Example
 
 
 def prompt_text(tokenizer: Any, example: Example, turn: int) -> str:  # noqa: ANN401

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdkv_vllm.eval.example import Example, ScoringError, Turn, score
+from mdkv_vllm.tasks.example import Example, ScoringError, Turn, score
 
 WORD = st.sampled_from(["red", "blue", "green", "seven", "house"])
 WORDS = st.lists(WORD, min_size=1, max_size=8)

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from math import pi
 from random import Random
 
-from mdkv_vllm.eval.example import Turn
-from mdkv_vllm.eval.tasks.filling import series
-from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
-from mdkv_vllm.eval.tasks.vocabulary import coded_word, distinct
+from mdkv_vllm.tasks.example import Turn
+from mdkv_vllm.tasks.filling import series
+from mdkv_vllm.tasks.task import Draft, Setting, Task
+from mdkv_vllm.tasks.vocabulary import coded_word, distinct
 
 _COMMON_WORDS = 10
 _FULL_LENGTH = 4096

@@ -6,10 +6,10 @@ import string
 from collections.abc import Callable
 from random import Random
 
-from mdkv_vllm.eval.example import Turn
-from mdkv_vllm.eval.tasks.filling import hide
-from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
-from mdkv_vllm.eval.tasks.vocabulary import distinct
+from mdkv_vllm.tasks.example import Turn
+from mdkv_vllm.tasks.filling import hide
+from mdkv_vllm.tasks.task import Draft, Setting, Task
+from mdkv_vllm.tasks.vocabulary import distinct
 
 _HOPS = 4
 _INSTRUCTION = (

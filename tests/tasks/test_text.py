@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdkv_vllm.eval.text import Haystack, TextError, load_text, reference_prose, sentences
+from mdkv_vllm.tasks.text import Haystack, TextError, load_text, reference_prose, sentences
 
 TEXT = 'One two three. Is it four? It is!\n\nA heading\n\n(Last one.) He said "so." End e.g. here.'
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mdkv_vllm.eval.example import AGREEMENT, Turn
-from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
+from mdkv_vllm.tasks.example import AGREEMENT, Turn
+from mdkv_vllm.tasks.task import Draft, Setting, Task
 
 ANSWER_TOKENS = 256
 _TURN = Turn("Summarize the text above in detail.", (), AGREEMENT, ANSWER_TOKENS)

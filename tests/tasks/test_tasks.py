@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdkv_vllm.eval.example import ScoringError, score
-from mdkv_vllm.eval.tasks import TASKS, TaskError, generate
-from mdkv_vllm.eval.tasks.fitting import OVERHEAD_TOKENS, prompt_tokens
-from mdkv_vllm.eval.text import Haystack, reference_prose
 from mdkv_vllm.models.gguf_source import GGUF_PACKAGE
+from mdkv_vllm.tasks import TASKS, TaskError, generate
+from mdkv_vllm.tasks.example import ScoringError, score
+from mdkv_vllm.tasks.fitting import OVERHEAD_TOKENS, prompt_tokens
+from mdkv_vllm.tasks.text import Haystack, reference_prose
 
 SCORED = [name for name in TASKS if name != "long_answer"]
 
@@ -83,7 +83,7 @@ def test_examples_are_repeatable_independent_and_different(haystack, name):
 def test_examples_are_the_same_in_another_process(haystack):
     """The order of sets and hash() differ between processes; examples must not."""
     code = (
-        "from mdkv_vllm.eval.tasks import *; from mdkv_vllm.eval.text import *;"
+        "from mdkv_vllm.tasks import *; from mdkv_vllm.tasks.text import *;"
         "h = Haystack(reference_prose(), lambda s: len(s.split()));"
         "print(ascii(list(generate(list(TASKS), [1024], 1, h))))"
     )

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from mdkv_vllm.eval.example import score
-from mdkv_vllm.eval.tasks import TaskError
-from mdkv_vllm.eval.tasks.published import LONGBENCH, load_published
+from mdkv_vllm.tasks import TaskError
+from mdkv_vllm.tasks.example import score
+from mdkv_vllm.tasks.published import LONGBENCH, load_published
 
 BABILONG = {
     "input": "Mary went to the office. The sea was calm.\nJohn slept.",

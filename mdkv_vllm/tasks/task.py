@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from mdkv_vllm.eval.example import Example, Turn
-from mdkv_vllm.eval.tasks.fitting import fit
-from mdkv_vllm.eval.text import Haystack
+from mdkv_vllm.tasks.example import Example, Turn
+from mdkv_vllm.tasks.fitting import fit
+from mdkv_vllm.tasks.text import Haystack
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Task:
             of: examples of this task and length.
 
         Raises:
-            mdkv_vllm.eval.tasks.errors.TaskError: the length is too short for the task.
+            mdkv_vllm.tasks.errors.TaskError: the length is too short for the task.
         """
         depth = index / (of - 1) if of > 1 else 0.5
         build = self.plan(Setting(random, haystack, length, depth))

@@ -6,17 +6,17 @@ import difflib
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from mdkv_vllm.eval.example import Example
-from mdkv_vllm.eval.tasks.classification import CLASSIFICATION
-from mdkv_vllm.eval.tasks.errors import TaskError
-from mdkv_vllm.eval.tasks.followup import FOLLOWUP
-from mdkv_vllm.eval.tasks.long_answer import LONG_ANSWER
-from mdkv_vllm.eval.tasks.lookup import LOOKUP
-from mdkv_vllm.eval.tasks.needles import NEEDLES
-from mdkv_vllm.eval.tasks.task import Task
-from mdkv_vllm.eval.tasks.tracking import TRACKING
-from mdkv_vllm.eval.tasks.words import WORDS
-from mdkv_vllm.eval.text import Haystack
+from mdkv_vllm.tasks.classification import CLASSIFICATION
+from mdkv_vllm.tasks.errors import TaskError
+from mdkv_vllm.tasks.example import Example
+from mdkv_vllm.tasks.followup import FOLLOWUP
+from mdkv_vllm.tasks.long_answer import LONG_ANSWER
+from mdkv_vllm.tasks.lookup import LOOKUP
+from mdkv_vllm.tasks.needles import NEEDLES
+from mdkv_vllm.tasks.task import Task
+from mdkv_vllm.tasks.text import Haystack
+from mdkv_vllm.tasks.tracking import TRACKING
+from mdkv_vllm.tasks.words import WORDS
 
 __all__ = ["SEED", "TASKS", "Task", "TaskError", "generate"]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from mdkv_vllm.eval.example import Turn
-from mdkv_vllm.eval.tasks.filling import series
-from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
+from mdkv_vllm.tasks.example import Turn
+from mdkv_vllm.tasks.filling import series
+from mdkv_vllm.tasks.task import Draft, Setting, Task
 
 
 @dataclass(frozen=True)

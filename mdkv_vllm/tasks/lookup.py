@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
-from mdkv_vllm.eval.example import Turn
-from mdkv_vllm.eval.tasks.filling import place, series
-from mdkv_vllm.eval.tasks.task import Draft, Setting, Task
-from mdkv_vllm.eval.tasks.vocabulary import random_uuid
+from mdkv_vllm.tasks.example import Turn
+from mdkv_vllm.tasks.filling import place, series
+from mdkv_vllm.tasks.task import Draft, Setting, Task
+from mdkv_vllm.tasks.vocabulary import random_uuid
 
 
 def _plan(setting: Setting) -> Callable[[int], Draft]:

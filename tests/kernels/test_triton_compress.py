@@ -110,7 +110,10 @@ def test_other_losses(kernels, loss):
     prompt, cache = prompt_of(("drop", "i4", "full"), 64, loss=loss)
     found = losses_of(kernels, prompt, range(2))
     expected = losses_of(REFERENCE, plain(prompt, cache), range(2))
-    assert float(relative_errors(found, expected).max()) < 2e-5
+    dropped, coded, kept = relative_errors(found, expected).tolist()
+    # What codes do to a score is found in half precision.
+    assert max(dropped, kept) < 2e-5
+    assert coded < 1e-3
 
 
 def test_some_layers_of_many(kernels):

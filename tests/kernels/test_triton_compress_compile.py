@@ -26,9 +26,8 @@ from mdkv_vllm.kernels.triton.compress import (
     LOSS_TOKENS,
     MAX_TILE_QUERIES,
     NUM_WARPS,
-    SHARE,
     SPLIT_TILE,
-    tile_tokens,
+    Tiles,
 )
 from mdkv_vllm.kernels.triton.loss_kernel import finish_losses
 from mdkv_vllm.kernels.triton.pack import PackShape, pack_list_page
@@ -99,12 +98,14 @@ def shape_of(names, size, dtype=BF16, loss="hybrid", query_dtype=None, group=4):
 
 
 def scores(kernel, shape, capability, candidate=-1, test=check, **options):
-    dtype = shape.layout.geometry.dtype
-    constants = {"SHAPE": shape, "CANDIDATE": candidate, "TILE": MAX_TILE_QUERIES, "SHARE": SHARE}
-    constants["TOKENS"] = tile_tokens(shape.layout.geometry)
-    options |= {"arena": NAMES[dtype], "hadamard": NAMES[dtype]}
+    geometry = shape.layout.geometry
+    only = kernel is window_kernels.query_log_sums and candidate < 0
+    constants = Tiles.of(geometry, only).options(64)
+    warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
+    constants |= {"SHAPE": shape, "CANDIDATE": candidate, "CAUSAL": True}
+    options |= {"arena": NAMES[geometry.dtype], "hadamard": NAMES[geometry.dtype]}
     options["queries"] = NAMES[shape.query_dtype]
-    return test(kernel, constants, capability, NUM_WARPS, 1, **options)
+    return test(kernel, constants, capability, warps, stages, **options)
 
 
 WINDOW = (
@@ -118,7 +119,7 @@ WINDOW = (
 def test_window(kernel, size, dtype, capability):
     made = scores(kernel, shape_of(DEFAULT, size, dtype), capability, stack=8)
     # Products of 16 tokens are too small for a warp group.
-    if tile_tokens(PageGeometry(16, size, dtype)) >= 64:
+    if Tiles.of(PageGeometry(16, size, dtype)).tokens >= 64:
         assert MATRIX_INSTRUCTION[capability] in made.ptx
         # Though the addresses of tokens come from a table.
         assert made.load_widths(Path(paged.__file__), "tl.load(arena + offsets") <= {128}

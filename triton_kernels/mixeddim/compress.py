@@ -10,6 +10,7 @@ its value's norm, and two numbers per reduced format), its losses (4 per option)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -41,13 +42,37 @@ MAX_TILE_QUERIES = 32
 LOSS_TOKENS = 256
 SPLIT_TILE = 1024
 NUM_WARPS = 8
-OPTIONS = {"num_warps": NUM_WARPS, "num_stages": 1}
-"""Pages are loaded one tile ahead within a product; a program has no room for more."""
 
 
-def tile_tokens(geometry: PageGeometry) -> int:
-    """Tokens of a tile of scores, by what registers hold."""
-    return 64 if padded(geometry.head_size) <= 128 and geometry.dtype.itemsize == 2 else 16
+@dataclass(frozen=True)
+class Tiles:
+    """How a pass over a prompt's tokens is cut, by what registers hold.
+
+    Attributes:
+        tokens: of a tile.
+        queries: at most, of a tile.
+        num_warps: of a program. One group of four, where it has a tile of 64 tokens to itself,
+            sums over a vector without the other warps.
+    """
+
+    tokens: int
+    queries: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, geometry: PageGeometry, scores_only: bool = False) -> Tiles:
+        """For a cache; where vectors are but multiplied, and not converted, tiles are larger."""
+        if padded(geometry.head_size) > 128 or geometry.dtype.itemsize > 2:
+            return cls(16, MAX_TILE_QUERIES, 8)
+        return cls(128, 64, 4) if scores_only else cls(64, MAX_TILE_QUERIES, 4)
+
+    def options(self, count: int) -> dict[str, int]:
+        """How to launch it for so many queries. A program has no room for more than one stage."""
+        tile = min(padded(count), self.queries)
+        return {
+            "TILE": tile, "TOKENS": self.tokens, "SHARE": SHARE, "num_warps": self.num_warps,
+            "num_stages": 1,
+        }  # fmt: skip
 
 
 @cache
@@ -117,23 +142,20 @@ class PagedGroup:
         """See :class:`mdkv_vllm.core.kernels.LayersToCompress`; all layers in one tensor."""
         shape, span, heads = self._shape, self._prompt.span, self._heads
         queries = self._queries()
-        count, tokens, shares = (
-            queries[0].shape[1],
-            tile_tokens(shape.layout.geometry),
-            triton.cdiv(span, SHARE),
-        )
+        count, shares = queries[0].shape[1], triton.cdiv(span, SHARE)
+        options = Tiles.of(shape.layout.geometry).options(count)
         log_sums = self._log_sums(queries)
         sums = self._floats(1 + shape.num_candidates, heads, span)
         masses = self._floats(heads, shares)
         token_sums[(shares, heads)](
             *self._source(), *queries, *self._spaces(0), self._layers.start, span, count,
-            self._scale, log_sums, sums, masses, SHAPE=shape, TILE=self._tile(count),
-            TOKENS=tokens, SHARE=SHARE, **OPTIONS,
+            self._scale, log_sums, sums, masses, SHAPE=shape, **options,
         )  # fmt: skip
+        del options["TILE"]
         norms, errors = self._floats(heads, span), self._floats(shape.num_candidates, heads, span)
         value_errors[(shares, heads)](
             *self._source(), *self._spaces(1), self._layers.start, span, norms, errors, SHAPE=shape,
-            TOKENS=tokens, SHARE=SHARE, **OPTIONS,
+            **options,
         )  # fmt: skip
         kv_heads = shape.heads
         losses = self._floats(len(self._layers), shape.num_options, kv_heads, span)
@@ -179,10 +201,6 @@ class PagedGroup:
     def _floats(self, *sizes: int) -> torch.Tensor:
         return torch.empty(sizes, dtype=torch.float32, device=self._tokens.arena.device)
 
-    @staticmethod
-    def _tile(count: int) -> int:
-        return min(padded(count), MAX_TILE_QUERIES)
-
     def _queries(self) -> Queries:
         shape, some = self._shape, slice(self._layers.start, self._layers.stop)
         grouped = self._prompt.queries[some].unflatten(1, (shape.heads, shape.group))
@@ -216,12 +234,13 @@ class PagedGroup:
     def _parts(self, queries: Queries, first: int, last: int, candidate: int) -> torch.Tensor:
         """float32 ``[heads, shares, queries]``: log-sum-exps over shares of some tokens, base 2."""
         shape, count = self._shape, queries[0].shape[1]
-        shares, tile = triton.cdiv(last - first, SHARE), self._tile(count)
+        shares = triton.cdiv(last - first, SHARE)
+        options = Tiles.of(shape.layout.geometry, candidate < 0).options(count)
         parts = self._floats(self._heads, shares, count)
         first_query = self._tokens.tokens - count // shape.group
-        query_log_sums[(shares, triton.cdiv(count, tile), self._heads)](
+        query_log_sums[(shares, triton.cdiv(count, options["TILE"]), self._heads)](
             *self._source(), *queries, *self._spaces(0), self._layers.start, first, last, count,
-            first_query, self._scale, parts, SHAPE=shape, CANDIDATE=candidate, TILE=tile,
-            TOKENS=tile_tokens(shape.layout.geometry), SHARE=SHARE, **OPTIONS,
+            first_query, self._scale, parts, SHAPE=shape, CANDIDATE=candidate,
+            CAUSAL=last > first_query, **options,
         )  # fmt: skip
         return parts

@@ -91,6 +91,8 @@ def load_slots(
     SPACE: tl.constexpr = LIST.space
     if SPACE.moves:
         rows = rotated_rows(arena, offsets, held, matrix, column, wanted, SPACE)
+        if not LIST.quantised:
+            rows *= SPACE.norm
     else:
         rows = load_rows(arena, offsets, held, 0, LIST.rank, LIST.padded_rank).to(tl.float32)
     return rows, held
@@ -121,7 +123,9 @@ def pack_key_codes(
             arena, blocks, layer_page, tokens, slot, valid, count, matrix, column_dim, wanted, LIST,
             SHAPE,
         )  # fmt: skip
-        codes, scale = quantise_rows(x, dim < LIST.rank, LIST.rank, LIST.bits, LIST.step)
+        codes, scale = quantise_rows(
+            x, dim < LIST.rank, LIST.space.norm, LIST.rank, LIST.bits, LIST.step
+        )
         tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
         codes = tl.where(held[:, None], codes + LIST.zero, 0.0).to(tl.int32)
         codes = codes << (field * LIST.bits)[:, None]
@@ -156,7 +160,7 @@ def pack_value_codes(
             arena + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, matrix,
             field * LIST.value_row + byte, wanted, LIST, SHAPE,
         )  # fmt: skip
-        codes, scale = quantise_rows(x, exists, LIST.rank, LIST.bits, LIST.step)
+        codes, scale = quantise_rows(x, exists, LIST.space.norm, LIST.rank, LIST.bits, LIST.step)
         tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
         codes = tl.where(held[:, None], codes + LIST.zero, 0.0).to(tl.int32)
         codes = codes << (field * LIST.bits)[None, :]

@@ -46,8 +46,18 @@ def load_rows(arena, offsets, exists, start, DIMS: tl.constexpr, CHUNK: tl.const
 
 
 @triton.jit
+def load_matrix(matrix, start, column, wanted, SPACE: tl.constexpr):
+    """Rows ``start ..`` of a space's matrix: ``[SPACE.chunk, columns]``, zero outside."""
+    row = start + tl.arange(0, SPACE.chunk)
+    mask = (row < SPACE.dims)[:, None] & wanted[None, :]
+    return tl.load(matrix + row[:, None] * SPACE.stride + column[None, :], mask=mask, other=0)
+
+
+@triton.jit
 def rotated_rows(arena, offsets, exists, matrix, column, wanted, SPACE: tl.constexpr):
-    """Vectors of the cache in a space: float32 ``[vectors, columns]``, zero outside.
+    """Vectors of the cache in a space, over ``SPACE.norm``: float32 ``[vectors, columns]``.
+
+    Whoever multiplies the result anyway multiplies by the norm as well. It is zero outside.
 
     Args:
         arena: the cache, as elements.
@@ -60,13 +70,16 @@ def rotated_rows(arena, offsets, exists, matrix, column, wanted, SPACE: tl.const
     total = tl.zeros([offsets.shape[0], column.shape[0]], tl.float32)
     PADDED: tl.constexpr = SPACE.padded_dims
     CHUNK: tl.constexpr = SPACE.chunk
-    for start in tl.range(0, PADDED, CHUNK, num_stages=2):
-        left = load_rows(arena, offsets, exists, start, SPACE.dims, CHUNK)
-        row = start + tl.arange(0, CHUNK)
-        mask = (row < SPACE.dims)[:, None] & wanted[None, :]
-        right = tl.load(matrix + row[:, None] * SPACE.stride + column[None, :], mask=mask, other=0)
+    if CHUNK == PADDED:
+        left = load_rows(arena, offsets, exists, 0, SPACE.dims, CHUNK)
+        right = load_matrix(matrix, 0, column, wanted, SPACE)
         total = product(left, right, total, SPACE.operand)
-    return total * SPACE.norm
+    else:
+        for start in tl.range(0, PADDED, CHUNK, num_stages=2):
+            left = load_rows(arena, offsets, exists, start, SPACE.dims, CHUNK)
+            right = load_matrix(matrix, start, column, wanted, SPACE)
+            total = product(left, right, total, SPACE.operand)
+    return total
 
 
 @triton.jit

@@ -80,7 +80,7 @@ class SpaceShape(KernelConstant):
     @property
     def chunk(self) -> int:
         """Dimensions of a vector that a product takes at a time: more would not fit registers."""
-        return 16 if self.operand is tl.float32 else 32
+        return 16 if self.operand is tl.float32 else min(self.padded_dims, 128)
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,6 +133,11 @@ class CandidateShape(KernelConstant):
     def step(self) -> float:
         """First step of the quantiser."""
         return gaussian_step(self.bits)
+
+    @property
+    def in_hadamard(self) -> bool:
+        """Whether it is codes of whole vectors."""
+        return self.quantised and not self.space.in_basis
 
     @property
     def splits_queries(self) -> bool:
@@ -217,6 +222,12 @@ class PromptShape(KernelConstant):
         return tuple(candidate.space for candidate in self.candidates)
 
     @property
+    def hadamard(self) -> SpaceShape | None:
+        """The space of the candidates that are codes of whole vectors, where there are any."""
+        spaces = [c.space for c in self.candidates if c.in_hadamard]
+        return spaces[0] if spaces else None
+
+    @property
     def rotated_width(self) -> int:
         """Floats of a rotated query: in the Hadamard space, then in the basis."""
         return self.dims + self.basis_rank
@@ -248,6 +259,13 @@ class PromptShape(KernelConstant):
     def prior(self) -> float:
         """Attention that tokens are expected to get later."""
         return self.loss.prior
+
+    @property
+    def by_errors(self) -> tuple[bool, ...]:
+        """Of each candidate, whether its scores are those of keys as they are, and what the keys'
+        errors add. Where all change together, scores have to be those of the log-sum-exps.
+        """
+        return tuple(c.in_hadamard and not self.together for c in self.candidates)
 
     @property
     def pooled_weight(self) -> float:

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from .elements import float_of_bfloat16
+from .fast_math import exp2_flushed, reciprocal
 from .paged import key_offsets, load_rows, matrix_of, product, rotated_rows
-from .quantise import quantise_rows
+from .quantise import errors_in_steps, quantise_rows, scale_bits
 from .softmax import LOWEST
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -94,21 +95,76 @@ def held_keys(
     matrix = matrix_of(hadamard, basis, head, SPACE)
     keys = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
     if FORMAT.quantised:
-        codes, bits = quantise_rows(keys, wanted[None, :], FORMAT.rank, FORMAT.bits, FORMAT.step)
+        codes, bits = quantise_rows(
+            keys, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
+        )
         held = tl.where(wanted[None, :], codes, 0.0)
         factor = float_of_bfloat16(bits)
         if FORMAT.splits_queries:
             held = held.to(tl.float16)
     else:
-        held = keys
+        held = keys * SPACE.norm
         factor = tl.full([offsets.shape[0]], 1.0, tl.float32)
     return held, factor
 
 
 @triton.jit
+def whole_rotated(arena, offsets, exists, hadamard, SHAPE: tl.constexpr):
+    """Vectors in the Hadamard space, over its norm; nothing where no candidate is in it."""
+    if SHAPE.hadamard is None:
+        rows = exists
+    else:
+        dim = tl.arange(0, SHAPE.padded_dims)
+        wanted = dim < SHAPE.dims
+        rows = rotated_rows(arena, offsets, exists, hadamard, dim, wanted, SHAPE.hadamard)
+    return rows
+
+
+@triton.jit
+def code_errors(rows, NUMBER: tl.constexpr, SHAPE: tl.constexpr):
+    """What a format's codes take from vectors.
+
+    Args:
+        rows: see :func:`whole_rotated`.
+        NUMBER: which of ``SHAPE.candidates``.
+
+    Returns:
+        Errors in steps, float32 ``[tokens, padded_dims]``, zero outside; and steps, ``[tokens]``.
+    """
+    FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    NORM: tl.constexpr = SHAPE.hadamard.norm
+    wanted = (tl.arange(0, SHAPE.padded_dims) < SHAPE.dims)[None, :]
+    bits = scale_bits(rows, wanted, NORM, SHAPE.dims, FORMAT.bits, FORMAT.step)
+    errors = errors_in_steps(rows, bits, NORM, FORMAT.bits)
+    if SHAPE.dims < SHAPE.padded_dims:
+        errors = tl.where(wanted, errors, 0.0)
+    return errors, float_of_bfloat16(bits)
+
+
+@triton.jit
+def key_operand(
+    rows, arena, offsets, exists, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
+):
+    """What queries are multiplied by for a candidate, and the products' factor.
+
+    Errors need few bits: as float16, with queries as one float16, what they add to a score is right
+    to 11 bits. Keys of a basis share no score with keys as they are; see :func:`held_keys`.
+    """
+    FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    if SHAPE.by_errors[NUMBER]:
+        operand, step = code_errors(rows, NUMBER, SHAPE)
+        factor = -step
+        if FORMAT.splits_queries:
+            operand = operand.to(tl.float16)
+    else:
+        operand, factor = held_keys(arena, offsets, exists, hadamard, basis, head, NUMBER, SHAPE)
+    return operand, factor
+
+
+@triton.jit
 def held_scores(
     held, factor, rotated, halves, first, count, NUMBER: tl.constexpr, SHAPE: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, OF_ERRORS: tl.constexpr,
 ):  # fmt: skip
     """Scores of queries ``first ..`` over :func:`held_keys`: float32 ``[tokens, TILE]``.
 
@@ -116,6 +172,7 @@ def held_scores(
         rotated: pointer to the head's queries in the formats' spaces, float32.
         halves: the same as two float16 each, the second what the first leaves, all first ones
             before.
+        OF_ERRORS: over keys' errors instead, for which a query's first half is enough.
     """
     FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
     WIDTH: tl.constexpr = SHAPE.rotated_width
@@ -124,8 +181,9 @@ def held_scores(
     scores = tl.zeros([held.shape[0], TILE], tl.float32)
     if FORMAT.splits_queries:
         halves += FORMAT.first_query
-        low = load_queries(halves + count * WIDTH, WIDTH, first, count, 0, RANK, PADDED, TILE)
-        scores = product(held, low, scores, tl.float16)
+        if not OF_ERRORS:
+            low = load_queries(halves + count * WIDTH, WIDTH, first, count, 0, RANK, PADDED, TILE)
+            scores = product(held, low, scores, tl.float16)
         high = load_queries(halves, WIDTH, first, count, 0, RANK, PADDED, TILE)
         scores = product(held, high, scores, tl.float16)
     else:
@@ -139,7 +197,7 @@ def held_scores(
 def query_log_sums(
     arena, blocks, queries, rotated, halves, hadamard, basis, first_layer, first_token, last_token,
     count, first_query, scale, log_sums, SHAPE: tl.constexpr, CANDIDATE: tl.constexpr,
-    TILE: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
+    CAUSAL: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Log-sum-exp of queries' scores over a share of tokens. Grid: shares, query tiles, heads.
 
@@ -155,6 +213,7 @@ def query_log_sums(
         log_sums: written, float32 ``[heads, shares, count]``, base 2; minus infinity where a query
             sees nothing.
         CANDIDATE: as which of ``SHAPE.candidates`` keys are held; -1 for as they are.
+        CAUSAL: whether some tokens lie behind a query.
     """
     share = tl.program_id(0)
     first = tl.program_id(1) * TILE
@@ -172,7 +231,7 @@ def query_log_sums(
         exists = token < end
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
         if CANDIDATE < 0:
-            scores = exact_scores(
+            scores = scale * exact_scores(
                 queries + start_of * SHAPE.dims, first, count, arena, offsets, exists, SHAPE, TILE
             )
         else:
@@ -180,13 +239,17 @@ def query_log_sums(
                 arena, offsets, exists, hadamard, basis, head, CANDIDATE, SHAPE
             )
             at = start_of * SHAPE.rotated_width
+            # The product of factors first, as :func:`token_sums` has it: so scores are the same.
             scores = held_scores(
-                held, factor, rotated + at, halves + 2 * at, first, count, CANDIDATE, SHAPE, TILE
-            )
-        seen = exists[:, None] & (token[:, None] <= position[None, :])
-        scores = tl.where(seen, scores * scale, float("-inf"))
+                held, factor * scale, rotated + at, halves + 2 * at, first, count, CANDIDATE, SHAPE,
+                TILE, False,
+            )  # fmt: skip
+        scores += tl.where(exists, 0.0, float("-inf"))[:, None]
+        if CAUSAL:
+            scores = tl.where(token[:, None] <= position[None, :], scores, float("-inf"))
         raised = tl.maximum(maximum, tl.max(scores, axis=0))
-        weights = weights * tl.exp2(maximum - raised)[None, :] + tl.exp2(scores - raised[None, :])
+        weights *= exp2_flushed(maximum - raised)[None, :]
+        weights += exp2_flushed(scores - raised[None, :])
         maximum = raised
     total = maximum + tl.log2(tl.sum(weights, axis=0))
     to = log_sums + (head.to(tl.int64) * tl.num_programs(0) + share) * count + query
@@ -221,16 +284,34 @@ def merge_log_sums(parts, rest_parts, count, shares, rest_shares, log_sums, TILE
 
 
 @triton.jit
-def probabilities(
-    queries, log_sums, first, count, scale, arena, offsets, exists, SHAPE: tl.constexpr,
-    TILE: tl.constexpr,
+def moved_by(
+    operand, factor, rotated, halves, first, count, away, log_sum, probability, rest, totals,
+    NUMBER: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What queries ``first ..`` give some tokens, ``[tokens, TILE]``; and their log-sum-exps."""
-    query = first + tl.arange(0, TILE)
-    # Queries that do not exist have the probability of an infinite sum: none.
-    log_sum = tl.load(log_sums + query, mask=query < count, other=float("inf"))[None, :]
-    scores = exact_scores(queries, first, count, arena, offsets, exists, SHAPE, TILE)
-    return tl.exp2(scores * scale - log_sum), log_sum
+    """How far a format moves what queries ``first ..`` give tokens, summed over them: ``[tokens]``.
+
+    Args:
+        operand: see :func:`key_operand`.
+        factor: what makes products with it base-2 logarithms.
+        rotated: as for :func:`held_scores`, and what follows to ``count``.
+        away: log-sum-exps less the scores of keys as they are, base 2, ``[tokens, TILE]``.
+        log_sum: the log-sum-exps, ``[1, TILE]``.
+        probability: what queries give tokens as they are; ``rest`` what they give others.
+        totals: log-sum-exps with the span as the format holds it, for ``SHAPE.together``.
+    """
+    OF_ERRORS: tl.constexpr = SHAPE.by_errors[NUMBER]
+    scores = held_scores(
+        operand, factor, rotated, halves, first, count, NUMBER, SHAPE, TILE, OF_ERRORS
+    )
+    if SHAPE.together:
+        query = first + tl.arange(0, TILE)
+        total = tl.load(totals + query, mask=query < count, other=float("inf"))[None, :]
+        changed = exp2_flushed(scores - total)
+    elif OF_ERRORS:
+        changed = reciprocal(tl.fma(rest, exp2_flushed(away - scores), 1.0))
+    else:
+        changed = reciprocal(tl.fma(rest, exp2_flushed(log_sum - scores), 1.0))
+    return tl.sum(tl.abs(changed - probability), axis=1)
 
 
 @triton.jit(do_not_specialize=["first_layer", "span", "count"])
@@ -241,6 +322,8 @@ def token_sums(
 ):  # fmt: skip
     """Sums over queries for a share of tokens, of every candidate. Grid: shares, heads.
 
+    Two candidates share a pass over the queries: more would not fit registers.
+
     Args:
         queries: as for :func:`query_log_sums`, and what follows to ``scale``.
         log_sums: float32 ``[1 + candidates, heads, count]``, base 2, over all keys: as they are,
@@ -250,6 +333,7 @@ def token_sums(
         masses: written, float32 ``[heads, shares]``: sums of ``sum_q P``.
     """
     CANDIDATES: tl.constexpr = SHAPE.num_candidates
+    PASSES: tl.constexpr = max(1, (CANDIDATES + 1) // 2)
     share = tl.program_id(0)
     head = tl.program_id(1)
     page = page_of(first_layer, head, SHAPE)
@@ -265,77 +349,88 @@ def token_sums(
         token = start + tl.arange(0, TOKENS)
         exists = token < span
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
-        if CANDIDATES == 0:
-            for first in tl.range(0, count, TILE):
-                probability, _ = probabilities(
-                    queries, log_sums, first, count, scale, arena, offsets, exists, SHAPE, TILE
+        rows = whole_rotated(arena, offsets, exists, hadamard, SHAPE)
+        for number in tl.static_range(PASSES):
+            if 2 * number < CANDIDATES:
+                first_operand, first_factor = key_operand(
+                    rows, arena, offsets, exists, hadamard, basis, head, 2 * number, SHAPE
                 )
-                mass = tl.sum(probability, axis=1)
+                first_factor *= scale
+            if 2 * number + 1 < CANDIDATES:
+                second_operand, second_factor = key_operand(
+                    rows, arena, offsets, exists, hadamard, basis, head, 2 * number + 1, SHAPE
+                )
+                second_factor *= scale
+            mass = tl.zeros([TOKENS], tl.float32)
+            first_moved = tl.zeros([TOKENS], tl.float32)
+            second_moved = tl.zeros([TOKENS], tl.float32)
+            for first in tl.range(0, count, TILE):
+                query = first + tl.arange(0, TILE)
+                # Queries that do not exist have the probability of an infinite sum: none.
+                log_sum = tl.load(log_sums + query, mask=query < count, other=float("inf"))
+                log_sum = log_sum[None, :]
+                scores = exact_scores(queries, first, count, arena, offsets, exists, SHAPE, TILE)
+                away = log_sum - scores * scale
+                probability = exp2_flushed(-away)
+                mass += tl.sum(probability, axis=1)
+                # The bound only guards against nothing times infinity.
+                rest = tl.maximum(1 - probability, 1e-30)
+                if 2 * number < CANDIDATES:
+                    first_moved += moved_by(
+                        first_operand, first_factor, rotated, halves, first, count, away, log_sum,
+                        probability, rest, log_sums + (2 * number + 1) * plane * count, 2 * number,
+                        SHAPE, TILE,
+                    )  # fmt: skip
+                if 2 * number + 1 < CANDIDATES:
+                    second_moved += moved_by(
+                        second_operand, second_factor, rotated, halves, first, count, away, log_sum,
+                        probability, rest, log_sums + (2 * number + 2) * plane * count,
+                        2 * number + 1, SHAPE, TILE,
+                    )  # fmt: skip
+            if number == 0:
                 mass_sum += tl.where(exists, mass, 0.0)
-                add_to(sums + token, mass, exists, first > 0)
-        for candidate in tl.static_range(CANDIDATES):
-            held, factor = held_keys(
-                arena, offsets, exists, hadamard, basis, head, candidate, SHAPE
-            )
-            for first in tl.range(0, count, TILE):
-                probability, log_sum = probabilities(
-                    queries, log_sums, first, count, scale, arena, offsets, exists, SHAPE, TILE
-                )
-                if candidate == 0:
-                    mass = tl.sum(probability, axis=1)
-                    mass_sum += tl.where(exists, mass, 0.0)
-                    add_to(sums + token, mass, exists, first > 0)
-                exponent = scale * held_scores(
-                    held, factor, rotated, halves, first, count, candidate, SHAPE, TILE
-                )
-                if SHAPE.together:
-                    query = first + tl.arange(0, TILE)
-                    at = log_sums + (candidate + 1) * plane * count + query
-                    total = tl.load(at, mask=query < count, other=float("inf"))[None, :]
-                    changed = tl.exp2(exponent - total)
-                else:
-                    # The bounds only guard against overflow, and against nothing over nothing.
-                    raised = tl.exp2(tl.minimum(exponent - log_sum, 60 * LOG2_E))
-                    changed = raised / (raised + tl.maximum(1 - probability, 1e-30))
-                moved = tl.sum(tl.abs(changed - probability), axis=1)
-                add_to(sums + (candidate + 1) * plane * span + token, moved, exists, first > 0)
+                tl.store(sums + token, mass, mask=exists)
+            to = sums + (2 * number + 1) * plane * span + token
+            if 2 * number < CANDIDATES:
+                tl.store(to, first_moved, mask=exists)
+            if 2 * number + 1 < CANDIDATES:
+                tl.store(to + plane * span, second_moved, mask=exists)
     at = head.to(tl.int64) * tl.num_programs(0) + share
     tl.store(masses + at, tl.sum(mass_sum, axis=0))
 
 
 @triton.jit
-def add_to(at, numbers, exists, again):
-    """Store numbers, or add them to what this program stored before."""
-    before = tl.load(at, mask=exists & again, other=0.0)
-    tl.store(at, before + numbers, mask=exists)
-
-
-@triton.jit
 def value_lost(
-    arena, offsets, exists, square, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
+    rows, arena, offsets, exists, square, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Squared error of values as a format would hold them, ``[tokens]``.
 
     Args:
+        rows: see :func:`whole_rotated`.
         square: squared norms of the values, ``[tokens]``.
-        hadamard: see :func:`.paged.matrix_of`; ``basis`` as well, of values.
+        basis: see :func:`.paged.matrix_of`, of values.
         head: of a layer.
         NUMBER: which of ``SHAPE.candidates``.
     """
     FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
     SPACE: tl.constexpr = FORMAT.space
-    dim = tl.arange(0, FORMAT.padded_rank)
-    wanted = dim < FORMAT.rank
-    matrix = matrix_of(hadamard, basis, head, SPACE)
-    kept = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
-    lost = tl.zeros_like(square)
-    if FORMAT.rank < SHAPE.dims:
+    if FORMAT.in_hadamard:
+        off, step = code_errors(rows, NUMBER, SHAPE)
+        lost = tl.sum(off * off, axis=1) * step * step
+    else:
+        dim = tl.arange(0, FORMAT.padded_rank)
+        wanted = dim < FORMAT.rank
+        matrix = matrix_of(basis, basis, head, SPACE)
+        kept = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
         # Orthonormal columns: what the projection loses is what it does not hold.
         lost = tl.maximum(square - tl.sum(kept * kept, axis=1), 0.0)
-    if FORMAT.quantised:
-        codes, bits = quantise_rows(kept, wanted[None, :], FORMAT.rank, FORMAT.bits, FORMAT.step)
-        off = tl.where(wanted[None, :], kept - codes * float_of_bfloat16(bits)[:, None], 0.0)
-        lost += tl.sum(off * off, axis=1)
+        if FORMAT.quantised:
+            codes, bits = quantise_rows(
+                kept, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
+            )
+            off = kept - codes * float_of_bfloat16(bits)[:, None]
+            off = tl.where(wanted[None, :], off, 0.0)
+            lost += tl.sum(off * off, axis=1)
     return lost
 
 
@@ -363,11 +458,14 @@ def value_errors(
         token = first + tl.arange(0, TOKENS)
         exists = token < span
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
-        values = load_rows(arena, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims).to(tl.float32)
-        square = tl.sum(values * values, axis=1)
+        rows = whole_rotated(arena, offsets, exists, hadamard, SHAPE)
+        if SHAPE.hadamard is None:
+            values = load_rows(arena, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims)
+            values = values.to(tl.float32)
+            square = tl.sum(values * values, axis=1)
+        else:
+            square = tl.sum(rows * rows, axis=1) * (SHAPE.hadamard.norm * SHAPE.hadamard.norm)
         tl.store(norms + token, tl.sqrt(square), mask=exists)
         for candidate in tl.static_range(CANDIDATES):
-            lost = value_lost(
-                arena, offsets, exists, square, hadamard, basis, head, candidate, SHAPE
-            )
+            lost = value_lost(rows, arena, offsets, exists, square, basis, head, candidate, SHAPE)
             tl.store(errors + candidate * plane + token, tl.sqrt(lost), mask=exists)

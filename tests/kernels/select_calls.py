@@ -4,18 +4,32 @@ import torch
 import triton
 import triton.language as tl
 
-from mdkv_vllm.kernels.triton.select_kernel import EXACT, float_of_ordered, kth_largest
+from mdkv_vllm.kernels.triton.select_kernel import (
+    EXACT,
+    TILE,
+    float_of_ordered,
+    kth_largest,
+    store_gains,
+    whole_tiles,
+)
 
 
 @triton.jit
-def numbers_of_rank(row, span, ranks, out, passes: tl.constexpr):
-    """Grid: ranks. ``row`` float32 ``[span]``, ``ranks`` int64, ``out`` float32, written."""
-    rank = tl.load(ranks + tl.program_id(0))
-    tl.store(out + tl.program_id(0), float_of_ordered(kth_largest(row, span, rank, passes)))
+def numbers_of_rank(row, span, length, ranks, gains, out, passes: tl.constexpr):
+    """One program. ``row`` float32 ``[span]``, ``ranks`` int64, ``out`` float32, written."""
+    for first in tl.range(0, length, TILE):
+        token = first + tl.arange(0, TILE)
+        store_gains(gains, token, tl.load(row + token, mask=token < span, other=0.0), span)
+    number = tl.program_id(0)
+    rank = tl.load(ranks + number)
+    tl.store(out + number, float_of_ordered(kth_largest(gains, length, rank, passes)))
 
 
 def select(row, ranks, passes=EXACT.value):
     """The numbers of some ranks, 1 for the largest."""
-    out = torch.empty(len(ranks))
-    numbers_of_rank[(len(ranks),)](row, len(row), torch.tensor(ranks), out, passes=passes)
+    out, length = torch.empty(len(ranks)), whole_tiles(len(row))
+    gains = torch.empty(length, dtype=torch.int32)
+    numbers_of_rank[(len(ranks),)](
+        row, len(row), length, torch.tensor(ranks), gains, out, passes=passes
+    )
     return out

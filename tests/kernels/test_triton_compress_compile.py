@@ -44,10 +44,10 @@ DEFAULT = ("drop", "i4", "i8", "full")
 
 POINTERS = dict.fromkeys(
     ("rotated", "basis", "key_basis", "value_basis", "log_sums", "sums", "masses", "norms",
-     "errors", "losses", "parts", "rest_parts", "most", "gains", "paid", "over"), "fp32"
+     "errors", "losses", "parts", "rest_parts", "per_page", "paid", "over"), "fp32"
 )  # fmt: skip
-POINTERS |= dict.fromkeys(("costs", "totals", "brackets", "budgets", "bounds", "objective"), "fp64")
-POINTERS |= dict.fromkeys(("blocks", "order", "counts", "wanted", "ranks"), "i32")
+POINTERS |= dict.fromkeys(("costs", "totals", "above", "budgets", "bounds", "objective"), "fp64")
+POINTERS |= dict.fromkeys(("blocks", "order", "counts", "wanted", "ranks", "gains", "found"), "i32")
 POINTERS |= dict.fromkeys(("table", "capacity", "room", "tokens", "first", "end"), "i64")
 POINTERS |= {"halves": "fp16", "pages": "u8", "choice": "i8"}
 
@@ -67,7 +67,7 @@ def compiled(kernel, constants, capability, num_warps=4, num_stages=3, **pointer
             return "constexpr"
         if argument in types:
             return f"*{types[argument]}"
-        return "fp32" if argument in ("scale", "per_page") else "i32"
+        return "fp32" if argument == "scale" else "i32"
 
     signature = {argument: kind(argument) for argument in kernel.arg_names}
     made = compile_signature(
@@ -181,14 +181,17 @@ def test_small_kernels(capability):
 def test_allocation(options, drop, capability):
     constants = {"OPTIONS": options, "DROP": drop, "SHARE": allocate_kernels.SHARE}
     constants |= {"PADDED": padded(options), "ROWS": 8, "NUMBERS": 256}
+    constants |= {"ROUNDS": allocate_kernels.ROUNDS}
     warps = allocate_kernels.NUM_WARPS
     # Every option's part of the code is its own: nine of them are many.
     many = 128 * (options > 4)
-    check(allocate_kernels.ask_options, constants, capability, warps, stack=many)
+    check(allocate_kernels.ask_prices, constants, capability, warps, stack=many)
     check(allocate_kernels.count_options, constants, capability, warps, prices="fp64")
     check(page_kernels.last_bracket, constants, capability, 1, prices="fp64")
     check(page_kernels.settle, constants, capability, 1, prices="fp64", pages="fp64")
     check(assign_kernel.assign, constants, capability, warps, stack=many, prices="fp32")
     if options > 1:
-        check(page_kernels.page_costs, constants, capability, warps, stack=many, out="fp64")
+        # Four scalars, outside of the loops over tokens, where a multiprocessor has few registers.
+        some = max(many, 16 * (capability < 90))
+        check(page_kernels.page_costs, constants, capability, warps, stack=some, out="fp64")
         check(page_kernels.give_pages, constants, capability, 4, pages="fp64")

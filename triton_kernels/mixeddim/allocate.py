@@ -1,6 +1,6 @@
 """Allocation on the device: what :mod:`mdkv_vllm.core.allocate` does, without waiting for a result.
 
-The price of a page is found by bisection, sixteen prices at a time. Around that solution every list
+The price of a page is found digit by digit. Around that solution every list
 is given whole pages, those that cost least first, as many as there are; the total is
 exact by construction. Then every list gets a price of its own at which as many tokens want it
 as it has room for, found one list after the other (an assignment's dual, by coordinates), and
@@ -23,12 +23,10 @@ import triton
 from mdkv_vllm.core.allocate import Allocation
 from mdkv_vllm.core.formats import FormatSet
 
-from .allocate_kernels import NUM_WARPS, PRICES, SHARE, STEPS, ask_options, count_options
+from .allocate_kernels import NUM_WARPS, ROUNDS, SHARE, STEPS, ask_prices, count_options
 from .assign_kernel import assign
 from .page_kernels import give_pages, last_bracket, page_costs, settle
-
-_ROUNDS = 7
-"""Searches among ``PRICES`` prices, after which two neighbours are one float32 apart."""
+from .select_kernel import DIGITS, whole_tiles
 
 _CLEARINGS = 4
 """Rounds in which every list's price is set anew."""
@@ -115,9 +113,9 @@ class _Pools:
         spare = 0.0 if self._drop else self._per_pool * (1 - 1 / capacity[0])
         both = _on_device((*pages, *(number - spare for number in pages)), losses.device)
         self._pages, self._budgets = both[: self._pools], both[self._pools :]
-        dearer = [cost - per_token[0] for cost in per_token if cost > per_token[0]]
-        self._least_cost = min(dearer, default=1.0)
         self._costs = _constant(per_token, torch.float64, losses.device)
+        per_page = [1 / (k - i) if k > i else 0.0 for i in per_token for k in per_token]
+        self._per_page = _constant(tuple(per_page), torch.float32, losses.device)
         self._capacity = _constant(capacity, torch.int64, losses.device)
         self._padded_rows = triton.next_power_of_2(self._per_pool)
 
@@ -132,9 +130,10 @@ class _Pools:
         lists = self._options - self._drop
         tokens = torch.empty(rows, lists, dtype=torch.int64, device=device)
         objective = torch.empty(rows, dtype=torch.float64, device=device)
-        gains = torch.empty(rows, self._span, device=device)
+        length = whole_tiles(self._span)
+        gains = torch.empty(rows, length, dtype=torch.int32, device=device)
         assign[(rows,)](
-            *self._source(), room, over, _CLEARINGS, gains, choice, tokens, objective,
+            *self._source(), length, room, over, _CLEARINGS, gains, choice, tokens, objective,
             OPTIONS=self._options, DROP=self._drop, num_warps=NUM_WARPS,
         )  # fmt: skip
         return choice, tokens, objective, bounds
@@ -145,21 +144,19 @@ class _Pools:
     def _lagrangian(self) -> tuple[torch.Tensor, ...]:
         """Solve the problem in which a token may take any share of a page; see :func:`.settle`."""
         pools, options, device = self._pools, self._options, self._losses.device
-        parted = self._losses.unflatten(2, (-1, self._per_pool))
-        most = parted.amax((1, 3, 4))
-        brackets = torch.empty(_ROUNDS, pools, 2, dtype=torch.float64, device=device)
-        number = PRICES.value
-        counts = torch.zeros(_ROUNDS, pools, number, options, dtype=torch.int32, device=device)
-        for search in range(_ROUNDS):
-            ask_options[(triton.cdiv(self._span, SHARE), self._rows)](
-                *self._source(), self._per_pool, self._costs, self._budgets, most,
-                1 / self._least_cost, brackets, counts, search, OPTIONS=options,
-                PADDED=triton.next_power_of_2(options), SHARE=SHARE, num_warps=NUM_WARPS,
+        found = torch.empty(ROUNDS, pools, dtype=torch.int32, device=device)
+        above = torch.empty(ROUNDS, pools, dtype=torch.float64, device=device)
+        lists, digits = max(options - 1, 1), DIGITS.value
+        counts = torch.zeros(ROUNDS, pools, lists, digits, dtype=torch.int32, device=device)
+        for number in range(ROUNDS):
+            ask_prices[(triton.cdiv(self._span, SHARE), self._rows)](
+                *self._source(), self._per_pool, self._costs, self._per_page, self._budgets, found,
+                above, counts, number, OPTIONS=options, SHARE=SHARE, num_warps=NUM_WARPS,
             )  # fmt: skip
         prices = torch.empty(pools, 3, dtype=torch.float64, device=device)
         last_bracket[(pools,)](
-            brackets[_ROUNDS - 1], counts[_ROUNDS - 1], self._costs, self._budgets, prices,
-            OPTIONS=options, num_warps=1,
+            found[ROUNDS - 1], above[ROUNDS - 1], counts[ROUNDS - 1], self._costs, self._budgets,
+            prices, OPTIONS=options, ROUNDS=ROUNDS, num_warps=1,
         )  # fmt: skip
         exact = torch.empty(self._rows, 3, options, dtype=torch.int32, device=device)
         totals = torch.empty(self._rows, 3, dtype=torch.float64, device=device)
@@ -187,11 +184,12 @@ class _Pools:
         room = torch.empty(rows, self._options, dtype=torch.int64, device=device)
         if lists == 0:
             return room.fill_(self._span)
-        gains = torch.empty(rows, lists, self._span, device=device)
+        length = whole_tiles(self._span)
+        gains = torch.empty(rows, lists, length, dtype=torch.int32, device=device)
         cost = torch.empty(rows, lists, steps, dtype=torch.float64, device=device)
         page_costs[(rows, lists)](
-            *self._source(), paid, self._capacity, wanted, gains, cost, OPTIONS=self._options,
-            num_warps=NUM_WARPS,
+            *self._source(), length, paid, self._capacity, wanted, gains, cost,
+            OPTIONS=self._options, num_warps=NUM_WARPS,
         )  # fmt: skip
         ranks = torch.empty_like(cost, dtype=torch.int32)
         give_pages[(self._pools,)](

@@ -12,29 +12,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-TILE = tl.constexpr(512)
-"""Tokens at a time."""
+from .select_kernel import BITS, DIGITS, TILE, bytes_of, count, totals
 
 COUNT_TILE = tl.constexpr(256)
 """Tokens at a time where every option is counted, in float64."""
 
-SHARE = 4096
-"""Tokens of a program that counts."""
+SHARE = 8192
+"""Tokens of a program that counts: fewer than fill a counter."""
 
 NUM_WARPS = 8
-"""Sixteen counts of a tile then take 32 registers a thread."""
 
-PRICES = tl.constexpr(16)
-"""Prices tried in one pass."""
+ROUNDS = 6
+"""Digits of a price that are found. What they leave open is one part in 65,536."""
+
+FIRST_SHIFT = tl.constexpr(27)
+"""Bits of a price below its first digit; its sign is not among them."""
+
+SLACK = tl.constexpr(8)
+"""Float32 numbers by which rounded prices may be off."""
 
 STEPS = tl.constexpr(3)
 """Pages of a list that are open to choice."""
 
 BELOW = tl.constexpr(1)
 """How many of them lie below what it wants."""
-
-RANGE = tl.constexpr(40.0)
-"""Powers of two from the highest price that any token could pay down to where the search starts."""
 
 
 @triton.jit
@@ -79,77 +80,108 @@ def cheapest(start, stride, costs, prices, token, exists, OPTIONS: tl.constexpr)
 
 
 @triton.jit
-def bracket(brackets, counts, costs, budget, OPTIONS: tl.constexpr):
-    """The prices, as base-2 logarithms, between which a pool's pages suffice, after one more round.
+def next_digit(found, above, counts, costs, budget, OPTIONS: tl.constexpr):
+    """One more digit of the highest price at which a pool's tokens ask for too many pages.
 
     Args:
-        brackets: pointer to float64 ``[2]`` of the pool: those before the round.
-        counts: pointer to int32 ``[PRICES, OPTIONS]`` of the pool: tokens of each option at the
-            prices between them.
+        found: pointer to int32, the digits before.
+        above: pointer to float64, pages asked for at higher prices than have these digits.
+        counts: pointer to int32 ``[OPTIONS - 1, DIGITS]`` of the pool; see :func:`ask_prices`.
         costs: float64 ``[OPTIONS]``, pages that a token takes.
         budget: of the pool.
+
+    Returns:
+        The digits, and the pages asked for at higher prices than have them.
     """
-    low = tl.load(brackets)
-    step = (tl.load(brackets + 1) - low) / (PRICES + 1)
-    number = tl.arange(0, PRICES)
-    asked = tl.zeros([PRICES], tl.float64)
-    for option in tl.static_range(OPTIONS):
-        tokens = tl.load(counts + number * OPTIONS + option).to(tl.float64)
-        asked += tokens * tl.load(costs + option)
-    above = tl.sum((asked > budget).to(tl.int32), axis=0)
-    return low + step * above, low + step * (above + 1)
+    digit = tl.arange(0, DIGITS)
+    pages = tl.zeros([DIGITS], tl.float64)
+    for option in tl.static_range(1, OPTIONS):
+        more = tl.load(costs + option) - tl.load(costs + option - 1)
+        pages += tl.load(counts + (option - 1) * DIGITS + digit).to(tl.float64) * more
+    before = tl.load(above)
+    asked = tl.cumsum(pages, axis=0, reverse=True)
+    # No price above all tokens' is of use, even if the cheapest option is too dear for all of them.
+    too_many = (before + asked > budget) & (asked > 0)
+    chosen = tl.maximum(tl.sum(too_many.to(tl.int32), axis=0) - 1, 0)
+    higher = before + tl.sum(tl.where(digit > chosen, pages, 0.0), axis=0)
+    return tl.load(found) * DIGITS + chosen, higher
+
+
+@triton.jit
+def price_to_leave(
+    start, stride, per_page, token, exists, OPTION: tl.constexpr, OPTIONS: tl.constexpr
+):
+    """The price of a page from which tokens take no option as dear as one, ``[tokens]``.
+
+    Option ``k`` beats a cheaper ``i`` where what it saves is worth more than its extra pages: below
+    the price ``(loss_i - loss_k) / (cost_k - cost_i)``. A token takes ``OPTION`` or a dearer one
+    where one of these beats all those before ``OPTION``.
+
+    Args:
+        start: pointer to the row's losses at option 0; options lie ``stride`` elements apart.
+        per_page: float32 ``[OPTIONS, OPTIONS]``, reciprocals of the differences of costs.
+    """
+    highest = tl.zeros(token.shape, tl.float32)
+    for dear in tl.static_range(OPTION, OPTIONS):
+        own = load_losses(start, stride, dear, token, exists)
+        worth = tl.full(token.shape, float("inf"), tl.float32)
+        for cheap in tl.static_range(OPTION):
+            saved = load_losses(start, stride, cheap, token, exists) - own
+            worth = tl.minimum(worth, saved * tl.load(per_page + cheap * OPTIONS + dear))
+        highest = tl.maximum(highest, worth)
+    return highest
 
 
 @triton.jit(do_not_specialize=["heads", "span", "rows_per_pool", "round"])
-def ask_options(
-    losses, heads, span, rows_per_pool, costs, budgets, most, per_page, brackets, counts, round,
-    OPTIONS: tl.constexpr, PADDED: tl.constexpr, SHARE: tl.constexpr,
+def ask_prices(
+    losses, heads, span, rows_per_pool, costs, per_page, budgets, found, above, counts, round,
+    OPTIONS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Count the options that tokens choose at ``PRICES`` prices of their pool. Grid: shares, rows.
+    """Count the next digits of the prices at which tokens leave options. Grid: shares, rows.
+
+    A token's pages at a price follow from how many of its prices are higher. So the price of a pool
+    is an order statistic of weighted numbers, found digit by digit.
 
     Args:
         losses: float32 ``[layers, OPTIONS, heads, span]``.
-        costs: float64 ``[OPTIONS]``, pages that a token takes, all different.
+        costs: float64 ``[OPTIONS]``, pages that a token takes, rising.
+        per_page: see :func:`price_to_leave`.
         budgets: float64 ``[pools]``.
-        most: float32 ``[pools]``, the highest loss.
-        per_page: tokens of the largest page, of which a page's price follows.
-        brackets: float64 ``[rounds, pools, 2]``, base-2 logarithms of prices between which a round
-            searches; each writes its own.
-        counts: int32 ``[rounds, pools, PRICES, OPTIONS]``, zero; this round's are added to.
+        found: int32 ``[rounds, pools]``, digits before a round; each writes its own.
+        above: float64 ``[rounds, pools]``, pages asked for at prices above these digits.
+        counts: int32 ``[rounds, pools, OPTIONS - 1, DIGITS]``, zero; this round's are added to.
         round: which.
-        PADDED: a power of two, at least OPTIONS.
     """
     row = tl.program_id(1)
     pool = row // rows_per_pool
     pools = tl.num_programs(1) // rows_per_pool
-    size: tl.constexpr = PRICES * OPTIONS
-    if round == 0:
-        high = tl.log2(tl.load(most + pool).to(tl.float64) * per_page + 1e-30)
-        low = high - RANGE
-    else:
-        before = (round - 1) * pools + pool
-        low, high = bracket(
-            brackets + 2 * before, counts + before * size, costs, tl.load(budgets + pool), OPTIONS
-        )
-    tl.store(brackets + 2 * (round * pools + pool), low)
-    tl.store(brackets + 2 * (round * pools + pool) + 1, high)
-    number = tl.arange(0, PRICES)
-    price = tl.exp2(low + (high - low) / (PRICES + 1) * (number + 1)).to(tl.float32)[:, None]
+    digits = 0
+    asked = tl.load(costs) * (span * rows_per_pool)  # at any price
+    own = round * pools + pool
+    if round > 0:
+        before = own - pools
+        digits, asked = next_digit(
+            found + before, above + before, counts + before * (OPTIONS - 1) * DIGITS, costs,
+            tl.load(budgets + pool), OPTIONS,
+        )  # fmt: skip
+    tl.store(found + own, digits)
+    tl.store(above + own, asked)
     start = row_start(losses, row, heads, span, OPTIONS)
     stride = heads.to(tl.int64) * span
-    counts += (round * pools + pool) * size
-    held = tl.zeros([PRICES, PADDED], tl.int32)
-    column = tl.arange(0, PADDED)[None, :]
+    counts += own * (OPTIONS - 1) * DIGITS
+    shift = FIRST_SHIFT - BITS * round
     begin = tl.program_id(0) * SHARE
-    for first in tl.range(begin, tl.minimum(begin + SHARE, span), TILE):
-        token = first + tl.arange(0, TILE)
-        exists = token < span
-        _, taken = cheapest(start, stride, costs, price, token, exists, OPTIONS)
-        for option in tl.static_range(OPTIONS):
-            cost = tl.load(costs + option).to(tl.float32)
-            mine = ((taken == cost) & exists[None, :]).to(tl.int32)
-            held += tl.where(column == option, tl.sum(mine, axis=1)[:, None], 0)
-    tl.atomic_add(counts + number[:, None] * OPTIONS + column, held, mask=column < OPTIONS)
+    for option in tl.static_range(1, OPTIONS):
+        low = tl.zeros([TILE], tl.int32)
+        high = tl.zeros([TILE], tl.int32)
+        for first in tl.range(begin, tl.minimum(begin + SHARE, span), TILE):
+            token = first + tl.arange(0, TILE)
+            exists = token < span
+            price = price_to_leave(start, stride, per_page, token, exists, option, OPTIONS)
+            place = (price.to(tl.int32, bitcast=True) >> shift) - digits * DIGITS
+            low, high = count(low, high, tl.where(exists, place, -1))
+        to = counts + (option - 1) * DIGITS + tl.arange(0, DIGITS)
+        tl.atomic_add(to, totals(bytes_of(low, high)))
 
 
 @triton.jit(do_not_specialize=["heads", "span", "rows_per_pool"])

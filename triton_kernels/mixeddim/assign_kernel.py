@@ -12,12 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .allocate_kernels import (
+from .allocate_kernels import load_losses, row_start
+from .select_kernel import (
+    LEAST,
+    NEARLY,
     TILE,
-    load_losses,
-    row_start,
+    float_of_ordered,
+    kth_largest,
+    store_gains,
 )
-from .select_kernel import NEARLY, float_of_ordered, kth_largest, load_ordered
 
 ALL, CHEAPER, HELD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """What a list's gains are over; see :func:`write_gains`."""
@@ -25,7 +28,7 @@ ALL, CHEAPER, HELD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def write_gains(
-    start, stride, span, prices, held, gains, LIST: tl.constexpr, OPTIONS: tl.constexpr,
+    start, stride, span, length, prices, held, gains, LIST: tl.constexpr, OPTIONS: tl.constexpr,
     OVER: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """What each token of a row would gain by being in a list.
@@ -34,7 +37,7 @@ def write_gains(
         start: pointer to the row's losses at option 0; options lie ``stride`` elements apart.
         prices: pointer to float32 ``[OPTIONS]``, of a token at each option.
         held: pointer to int8 ``[span]``, option of each token.
-        gains: pointer to float32 ``[span]``, written.
+        gains: pointer to int32 ``[length]``, written; see :func:`.select_kernel.store_gains`.
         LIST: the list's option.
         OVER: ``ALL``: over the best of all other options at their prices, the list itself being
             free; ``CHEAPER``: over those before the list, prices paid, for tokens at option 0;
@@ -43,7 +46,7 @@ def write_gains(
         DROP: whether option 0 has room for any number; ``CHEAPER`` is then for those who gain.
     """
     tl.debug_barrier()
-    for first in tl.range(0, span, TILE):
+    for first in tl.range(0, length, TILE):
         token = first + tl.arange(0, TILE)
         exists = token < span
         own = load_losses(start, stride, LIST, token, exists)
@@ -65,21 +68,21 @@ def write_gains(
                 if DROP:
                     open_to_it = open_to_it & (gain >= 0)
                 gain = tl.where(open_to_it, gain, float("-inf"))
-        tl.store(gains + token, gain, mask=exists)
+        store_gains(gains, token, gain, span)
     tl.debug_barrier()
 
 
 @triton.jit
-def clear_list(gains, span, rank, price_at, DROP: tl.constexpr):
+def clear_list(gains, length, rank, price_at, DROP: tl.constexpr):
     """Set a list's price so that about as many tokens want it as have room.
 
     Args:
-        gains: pointer to float32 ``[span]``, over all other options.
+        gains: pointer to int32 ``[length]``, over all other options; see :func:`write_gains`.
         rank: tokens that it has room for.
         price_at: pointer to its price, written.
         DROP: whether lists may stay part empty, so that no price is negative.
     """
-    last_in = float_of_ordered(kth_largest(gains, span, tl.maximum(rank, 1), NEARLY))
+    last_in = float_of_ordered(kth_largest(gains, length, tl.maximum(rank, 1), NEARLY))
     price = tl.where(rank == 0, last_in + tl.abs(last_in) + 1e-30, last_in)
     if DROP:
         price = tl.maximum(price, 0.0)
@@ -87,28 +90,37 @@ def clear_list(gains, span, rank, price_at, DROP: tl.constexpr):
 
 
 @triton.jit
-def fill_list(gains, span, rank, held, LIST: tl.constexpr):
+def fill_list(gains, length, rank, held, LIST: tl.constexpr):
     """Give a list the tokens that gain most, earlier ones among equals.
 
     Args:
-        gains: pointer to float32 ``[span]``; minus infinity for tokens that are not to be had.
+        gains: pointer to int32 ``[length]``, see :func:`write_gains`; minus infinity for tokens
+            that are not to be had.
         rank: how many at most.
         held: pointer to int8 ``[span]``, option of each token; written for those chosen.
     """
-    last = kth_largest(gains, span, tl.maximum(rank, 1))
-    count = tl.zeros([TILE], tl.int32)
-    for first in tl.range(0, span, TILE):
-        count += (load_ordered(gains, first, span) > last).to(tl.int32)
-    equals = rank - tl.sum(count, axis=0)
-    for first in tl.range(0, span, TILE):
-        token = first + tl.arange(0, TILE)
-        x = load_ordered(gains, first, span)
-        gain = tl.load(gains + token, mask=token < span, other=float("-inf"))
-        equal = (x == last).to(tl.int32)
-        chosen = (x > last) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= equals))
-        chosen = chosen & (gain > float("-inf"))
-        tl.store(held + token, tl.full([TILE], LIST, tl.int8), mask=chosen)
-        equals -= tl.sum(equal, axis=0)
+    last = kth_largest(gains, length, tl.maximum(rank, 1))
+    above = tl.zeros([TILE], tl.int32)
+    equal = tl.zeros([TILE], tl.int32)
+    for first in tl.range(0, length, TILE):
+        x = tl.load(gains + first + tl.arange(0, TILE))
+        above += (x > last).to(tl.int32)
+        equal += (x == last).to(tl.int32)
+    equals = rank - tl.sum(above, axis=0)
+    if (last > LEAST) & (equals < tl.sum(equal, axis=0)):
+        for first in tl.range(0, length, TILE):
+            token = first + tl.arange(0, TILE)
+            x = tl.load(gains + token)
+            same = (x == last).to(tl.int32)
+            chosen = (x > last) | ((same > 0) & (tl.cumsum(same, axis=0) <= equals))
+            tl.store(held + token, tl.full([TILE], LIST, tl.int8), mask=chosen)
+            equals -= tl.sum(same, axis=0)
+    else:
+        for first in tl.range(0, length, TILE):
+            token = first + tl.arange(0, TILE)
+            x = tl.load(gains + token)
+            chosen = (x >= last) & (x > LEAST)
+            tl.store(held + token, tl.full([TILE], LIST, tl.int8), mask=chosen)
 
 
 @triton.jit
@@ -121,9 +133,9 @@ def count_held(held, span, option):
     return tl.sum(count, axis=0)
 
 
-@triton.jit(do_not_specialize=["heads", "span", "rounds"])
+@triton.jit(do_not_specialize=["heads", "span", "length", "rounds"])
 def assign(
-    losses, heads, span, room, prices, rounds, gains, choice, tokens, objective,
+    losses, heads, span, length, room, prices, rounds, gains, choice, tokens, objective,
     OPTIONS: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     """Fill the lists of a row. Grid: rows.
@@ -133,7 +145,8 @@ def assign(
         room: int64 ``[rows, OPTIONS]``, tokens of each option.
         prices: float32 ``[rows, OPTIONS]``, where the lists' prices start from; written.
         rounds: in which every list's price is set anew.
-        gains: scratch, float32 ``[rows, span]``.
+        length: of a row of gains.
+        gains: scratch, int32 ``[rows, length]``.
         choice: written, int8 ``[rows, span]``: the option, less ``DROP``.
         tokens: written, int64 ``[rows, OPTIONS - DROP]``.
         objective: written, float64 ``[rows]``.
@@ -142,7 +155,7 @@ def assign(
     row = tl.program_id(0)
     start = row_start(losses, row, heads, span, OPTIONS)
     stride = heads.to(tl.int64) * span
-    gains += row.to(tl.int64) * span
+    gains += tl.multiple_of(row.to(tl.int64) * length, TILE)
     held = choice + row.to(tl.int64) * span
     room += row * OPTIONS
     prices += row * OPTIONS
@@ -152,22 +165,25 @@ def assign(
     for _ in tl.range(0, rounds):
         for back in tl.static_range(OPTIONS - 1):
             write_gains(
-                start, stride, span, prices, held, gains, OPTIONS - 1 - back, OPTIONS, ALL, DROP
-            )
+                start, stride, span, length, prices, held, gains, OPTIONS - 1 - back, OPTIONS, ALL,
+                DROP,
+            )  # fmt: skip
             rank = tl.load(room + OPTIONS - 1 - back)
-            clear_list(gains, span, rank, prices + OPTIONS - 1 - back, DROP)
+            clear_list(gains, length, rank, prices + OPTIONS - 1 - back, DROP)
     for back in tl.static_range(OPTIONS - 1):
         write_gains(
-            start, stride, span, prices, held, gains, OPTIONS - 1 - back, OPTIONS, CHEAPER, DROP
-        )
-        fill_list(gains, span, tl.load(room + OPTIONS - 1 - back), held, OPTIONS - 1 - back)
+            start, stride, span, length, prices, held, gains, OPTIONS - 1 - back, OPTIONS, CHEAPER,
+            DROP,
+        )  # fmt: skip
+        fill_list(gains, length, tl.load(room + OPTIONS - 1 - back), held, OPTIONS - 1 - back)
     # What room is left goes to those who gain by it, whatever it was to cost.
     for back in tl.static_range(OPTIONS - 1):
         write_gains(
-            start, stride, span, prices, held, gains, OPTIONS - 1 - back, OPTIONS, HELD, DROP
-        )
+            start, stride, span, length, prices, held, gains, OPTIONS - 1 - back, OPTIONS, HELD,
+            DROP,
+        )  # fmt: skip
         left = tl.load(room + OPTIONS - 1 - back) - count_held(held, span, OPTIONS - 1 - back)
-        fill_list(gains, span, left, held, OPTIONS - 1 - back)
+        fill_list(gains, length, left, held, OPTIONS - 1 - back)
     tl.debug_barrier()
     for option in tl.static_range(DROP, OPTIONS):
         to = tokens + row * (OPTIONS - DROP) + (option - DROP)

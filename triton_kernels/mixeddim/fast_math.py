@@ -1,5 +1,8 @@
 """Single instructions of the GPU that Triton has no name for; numbers below 2**-126 become 0."""
 
+# mypy: ignore-errors
+# Device code is Triton's language, whose tensors mypy takes for the numbers they start from.
+
 from __future__ import annotations
 
 import triton
@@ -43,4 +46,16 @@ def multiply_add_clamped(x, y, z):
             dtype=tl.float32,
             is_pure=True,
             pack=1,
+        )
+
+
+@triton.jit
+def one_shifted(shift):
+    """``1 << shift`` of int32; 0 where the shift, as a number without sign, is 32 or more."""
+    if INTERPRETED:
+        inside = (shift >= 0) & (shift < 32)
+        return tl.where(inside, tl.full(shift.shape, 1, tl.int32) << (shift & 31), 0)
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, 1, $1;", "=r,r", [shift], dtype=tl.int32, is_pure=True, pack=1
         )

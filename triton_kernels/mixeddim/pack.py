@@ -20,8 +20,8 @@ import triton.language as tl
 from .elements import store_elements
 from .paged import key_offsets, load_rows, matrix_of, rotated_rows
 from .prompt_shape import CandidateShape, PromptShape, SpaceShape, gaussian_step
-from .quantise import quantise_rows, tile_vectors
-from .shapes import KernelConstant, ListShape
+from .quantise import byte_of, quantise_rows, tile_vectors
+from .shapes import KernelConstant, ListShape, padded
 from .window_kernels import page_of
 
 
@@ -46,18 +46,18 @@ class PackShape(ListShape, KernelConstant):
 
     @property
     def tile_tokens(self) -> int:
-        """Tokens of a tile."""
-        return tile_vectors(self.padded_rank)
+        """Tokens of a tile: no more than a page has."""
+        return min(tile_vectors(self.padded_rank), padded(self.tokens_per_page))
+
+    @property
+    def bytes_of_rows(self) -> int:
+        """Bytes of every K row that a tile makes."""
+        return self.tile_tokens // self.fields
 
     @property
     def step(self) -> float:
         """First step of the quantiser."""
         return gaussian_step(self.bits)
-
-    @property
-    def zero(self) -> float:
-        """The code that stands for zero."""
-        return self.format.zero
 
     @property
     def used_bytes(self) -> int:
@@ -104,10 +104,12 @@ def pack_key_codes(
 ):
     """Write the K codes and scales of a page; arguments as for :func:`load_slots`.
 
-    Field ``f`` of byte ``j`` of a row is the code of token ``f * key_row + j``.
+    Field ``f`` of byte ``j`` of a row is the code of token ``f * key_row + j``. The fields of eight
+    bytes are eight rows of a tile apart: the matrix units give a thread rows of that distance.
     """
     FIELDS: tl.constexpr = LIST.fields
-    COLUMNS: tl.constexpr = LIST.tile_tokens // FIELDS
+    COLUMNS: tl.constexpr = LIST.bytes_of_rows
+    NEAR: tl.constexpr = min(8, COLUMNS)
     RANK: tl.constexpr = LIST.padded_rank
     column_dim = tl.arange(0, RANK)
     wanted = column_dim < LIST.rank
@@ -115,8 +117,8 @@ def pack_key_codes(
     scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16))
     for first in range(0, LIST.key_row, COLUMNS):
         in_tile = tl.arange(0, FIELDS * COLUMNS)
-        byte = first + in_tile % COLUMNS
-        field = in_tile // COLUMNS
+        byte = first + in_tile // (FIELDS * NEAR) * NEAR + in_tile % NEAR
+        field = in_tile // NEAR % FIELDS
         slot = field * LIST.key_row + byte
         valid = byte < LIST.key_row
         x, held = load_slots(
@@ -127,12 +129,12 @@ def pack_key_codes(
             x, dim < LIST.rank, LIST.space.norm, LIST.rank, LIST.bits, LIST.step
         )
         tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
-        codes = tl.where(held[:, None], codes + LIST.zero, 0.0).to(tl.int32)
-        codes = codes << (field * LIST.bits)[:, None]
-        packed = tl.sum(tl.reshape(codes, [FIELDS, COLUMNS, RANK]), axis=0)
+        weight = tl.where(held, 1 << (field * LIST.bits), 0).to(tl.float32)
+        codes = tl.reshape(codes * weight[:, None], [COLUMNS // NEAR, FIELDS, NEAR, RANK])
+        packed = tl.reshape(tl.sum(codes, axis=1), [COLUMNS, RANK])
         column = first + tl.arange(0, COLUMNS)[:, None]
         mask = (column < LIST.key_row) & (dim < LIST.rank)
-        tl.store(page + dim * LIST.key_row + column, packed.to(tl.uint8), mask=mask)
+        tl.store(page + dim * LIST.key_row + column, byte_of(packed), mask=mask)
 
 
 @triton.jit
@@ -162,12 +164,12 @@ def pack_value_codes(
         )  # fmt: skip
         codes, scale = quantise_rows(x, exists, LIST.space.norm, LIST.rank, LIST.bits, LIST.step)
         tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
-        codes = tl.where(held[:, None], codes + LIST.zero, 0.0).to(tl.int32)
-        codes = codes << (field * LIST.bits)[None, :]
+        weight = (1 << (field * LIST.bits))[None, :].to(tl.float32)
+        codes = codes * tl.where(held[:, None], weight, 0.0)
         packed = tl.sum(tl.reshape(codes, [TOKENS, FIELDS, BYTES]), axis=1)
         in_row = tl.arange(0, BYTES)[None, :]
         mask = valid[:, None] & (in_row < LIST.value_row)
-        tl.store(rows + slot[:, None] * LIST.value_row + in_row, packed.to(tl.uint8), mask=mask)
+        tl.store(rows + slot[:, None] * LIST.value_row + in_row, byte_of(packed), mask=mask)
 
 
 @triton.jit

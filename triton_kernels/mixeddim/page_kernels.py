@@ -10,36 +10,47 @@ import triton.language as tl
 
 from .allocate_kernels import (
     BELOW,
-    PRICES,
+    FIRST_SHIFT,
+    SLACK,
     STEPS,
-    TILE,
-    bracket,
     load_losses,
+    next_digit,
     row_start,
 )
-from .select_kernel import float_of_ordered, kth_largest, load_ordered
+from .select_kernel import (
+    BITS,
+    DIGITS,
+    GREATEST,
+    NEARLY,
+    TILE,
+    float_of_ordered,
+    kth_largest,
+    store_gains,
+)
 
 
 @triton.jit
-def last_bracket(brackets, counts, costs, budgets, prices, OPTIONS: tl.constexpr):
+def last_bracket(
+    found, above, counts, costs, budgets, prices, OPTIONS: tl.constexpr, ROUNDS: tl.constexpr
+):
     """The prices at which options are counted exactly. Grid: pools.
 
     Args:
-        brackets: of the last round, float64 ``[pools, 2]``; ``counts`` likewise; see
-            :func:`.allocate_kernels.bracket`.
-        prices: written, float64 ``[pools, 3]``: 0, and the two neighbours.
+        found: of the last round, int32 ``[pools]``; ``above`` and ``counts`` likewise; see
+            :func:`.allocate_kernels.ask_prices`.
+        prices: written, float64 ``[pools, 3]``: 0, and two between which pages suffice.
     """
     pool = tl.program_id(0)
-    low, high = bracket(
-        brackets + 2 * pool,
-        counts + pool * PRICES * OPTIONS,
-        costs,
-        tl.load(budgets + pool),
-        OPTIONS,
-    )
+    digits, _ = next_digit(
+        found + pool, above + pool, counts + pool * (OPTIONS - 1) * DIGITS, costs,
+        tl.load(budgets + pool), OPTIONS,
+    )  # fmt: skip
+    OPEN: tl.constexpr = FIRST_SHIFT - BITS * (ROUNDS - 1)
+    low = tl.maximum((digits << OPEN) - SLACK, 0)
+    high = tl.minimum(((digits + 1) << OPEN) + SLACK, GREATEST - 1)
     tl.store(prices + 3 * pool, 0.0)
-    tl.store(prices + 3 * pool + 1, tl.exp2(low))
-    tl.store(prices + 3 * pool + 2, tl.exp2(high))
+    tl.store(prices + 3 * pool + 1, low.to(tl.float32, bitcast=True).to(tl.float64))
+    tl.store(prices + 3 * pool + 2, high.to(tl.float32, bitcast=True).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["per_pool"])
@@ -102,32 +113,49 @@ def settle(
 
 
 @triton.jit
-def top_sum(gains, span, rank):
-    """Sum of the ``rank`` largest of a row of gains, float64; 0 for none."""
-    last = kth_largest(gains, span, tl.maximum(rank, 1))
-    count = tl.zeros([TILE], tl.int32)
-    total = tl.zeros([TILE], tl.float64)
-    for first in tl.range(0, span, TILE):
-        token = first + tl.arange(0, TILE)
-        larger = load_ordered(gains, first, span) > last
-        gain = tl.load(gains + token, mask=token < span, other=0).to(tl.float64)
-        total += tl.where(larger, gain, 0.0)
-        count += larger.to(tl.int32)
-    equal = (rank - tl.sum(count, axis=0)).to(tl.float64)
-    total = tl.sum(total, axis=0) + equal * float_of_ordered(last).to(tl.float64)
-    return tl.where(rank > 0, total, 0.0)
+def sum_between(gains, length, low, high):
+    """How many gains are above ``low``, int32, and the sum of those not above ``high``, float64.
+
+    Args:
+        gains: see :func:`.select_kernel.store_gains`; ``low`` and ``high`` are alike.
+    """
+    above = tl.zeros([TILE], tl.int32)
+    total = tl.zeros([TILE], tl.float32)
+    for first in tl.range(0, length, TILE):
+        bits = tl.load(gains + first + tl.arange(0, TILE))
+        larger = bits > low
+        above += larger.to(tl.int32)
+        total += tl.where(larger & (bits <= high), float_of_ordered(bits), 0.0)
+    return tl.sum(above, axis=0), tl.sum(total.to(tl.float64), axis=0)
 
 
-@triton.jit(do_not_specialize=["heads", "span"])
-def page_costs(losses, heads, span, paid, capacity, wanted, gains, out, OPTIONS: tl.constexpr):
+@triton.jit
+def last_in(gains, length, rank):
+    """About the last of the ``rank`` largest gains; for none, more than all."""
+    last = kth_largest(gains, length, tl.maximum(rank, 1), NEARLY)
+    return tl.where(rank > 0, last, GREATEST)
+
+
+@triton.jit
+def left_over(rank, above, last):
+    """What the gains above ``last`` lack of the sum of the ``rank`` largest, float64."""
+    gain = float_of_ordered(last).to(tl.float64)
+    return tl.where(rank > 0, (rank - above).to(tl.float64) * gain, 0.0)
+
+
+@triton.jit(do_not_specialize=["heads", "span", "length"])
+def page_costs(
+    losses, heads, span, length, paid, capacity, wanted, gains, out, OPTIONS: tl.constexpr
+):
     """Priced loss of giving a list its next pages. Grid: rows, options but the first.
 
     Args:
         losses: float32 ``[layers, OPTIONS, heads, span]``.
+        length: of a row of gains.
         paid: float32 ``[rows, OPTIONS]``, price of a token at each option.
         capacity: int64 ``[OPTIONS]``.
         wanted: int32 ``[rows, OPTIONS]``, pages that the list has already.
-        gains: scratch, float32 ``[rows, OPTIONS - 1, span]``.
+        gains: scratch, int32 ``[rows, OPTIONS - 1, length]``.
         out: written, float64 ``[rows, OPTIONS - 1, STEPS]``.
     """
     row = tl.program_id(0)
@@ -135,9 +163,9 @@ def page_costs(losses, heads, span, paid, capacity, wanted, gains, out, OPTIONS:
     start = row_start(losses, row, heads, span, OPTIONS)
     stride = heads.to(tl.int64) * span
     entry = row * (OPTIONS - 1) + tl.program_id(1)
-    gains += entry.to(tl.int64) * span
+    gains += tl.multiple_of(entry.to(tl.int64) * length, TILE)
     paid += row * OPTIONS
-    for first in tl.range(0, span, TILE):
+    for first in tl.range(0, length, TILE):
         token = first + tl.arange(0, TILE)
         exists = token < span
         other = tl.full([TILE], float("inf"), tl.float32)
@@ -145,18 +173,21 @@ def page_costs(losses, heads, span, paid, capacity, wanted, gains, out, OPTIONS:
             priced = load_losses(start, stride, option, token, exists) + tl.load(paid + option)
             other = tl.where(index == option, other, tl.minimum(other, priced))
         own = load_losses(start, stride, index, token, exists)
-        tl.store(gains + token, other - own, mask=exists)
+        store_gains(gains, token, other - own, span)
     tl.debug_barrier()
     each = tl.load(capacity + index)
     price = tl.load(paid + index).to(tl.float64)
     pages = tl.load(wanted + row * OPTIONS + index).to(tl.int64)
-    before = 0.0
-    for step in tl.static_range(STEPS + 1):
-        tokens = tl.minimum((pages + step) * each, span)
-        gained = top_sum(gains, span, tokens) - tokens.to(tl.float64) * price
-        if step > 0:
-            tl.store(out + entry * STEPS + step - 1, before - gained)
-        before = gained
+    out += entry * STEPS
+    high, left_before, rank_before = GREATEST, price * 0, pages * 0
+    for step in tl.range(0, STEPS + 1):
+        rank = tl.minimum((pages + step) * each, span)
+        last = last_in(gains, length, rank)
+        above, between = sum_between(gains, length, last, high)
+        left = left_over(rank, above, last)
+        gained = between + left - left_before
+        tl.store(out + step - 1, (rank - rank_before) * price - gained, mask=step > 0)
+        high, left_before, rank_before = last, left, rank
 
 
 @triton.jit

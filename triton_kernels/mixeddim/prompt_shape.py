@@ -135,6 +135,11 @@ class CandidateShape(KernelConstant):
         return gaussian_step(self.bits)
 
     @property
+    def zero(self) -> float:
+        """The code that stands for zero."""
+        return self.format.zero
+
+    @property
     def in_hadamard(self) -> bool:
         """Whether it is codes of whole vectors."""
         return self.quantised and not self.space.in_basis
@@ -222,10 +227,14 @@ class PromptShape(KernelConstant):
         return tuple(candidate.space for candidate in self.candidates)
 
     @property
-    def hadamard(self) -> SpaceShape | None:
-        """The space of the candidates that are codes of whole vectors, where there are any."""
-        spaces = [c.space for c in self.candidates if c.in_hadamard]
-        return spaces[0] if spaces else None
+    def uses_hadamard(self) -> bool:
+        """Whether a candidate is codes of whole vectors."""
+        return any(c.in_hadamard for c in self.candidates)
+
+    @property
+    def hadamard(self) -> SpaceShape:
+        """The space of such candidates."""
+        return SpaceShape(self.layout.geometry, Rotation.HADAMARD, self.dims, self.dims)
 
     @property
     def rotated_width(self) -> int:

@@ -19,8 +19,8 @@ from .elements import bfloat16_bits, float_of_bfloat16
 from .fast_math import multiply_add_clamped
 from .softmax import INTERPRETED
 
-TILE_ELEMENTS = 4096
-"""Elements of a tile of vectors, about: what four warps hold in registers several times."""
+TILE_ELEMENTS = 8192
+"""Elements of a tile of vectors, about: what four warps hold in registers twice."""
 
 MAX_TILE_VECTORS = 128
 
@@ -111,17 +111,23 @@ def quantise_rows(
     """Quantise each row of a tile; arguments as for :func:`scale_bits`.
 
     Returns:
-        float32 codes less the code for zero, ``[rows, columns]``, anything where a column does
-        not exist; and the scales' bfloat16 bits, uint16 ``[rows]``.
+        Codes as float32 ``[rows, columns]``, anything where a column does not exist; and the
+        scales' bfloat16 bits, uint16 ``[rows]``.
     """
     bits = scale_bits(x, exists, NORM, RANK, BITS, STEP)
     step = tl.maximum(float_of_bfloat16(bits), SMALLEST_STEP)
     if BITS == 8:
         # The scale is large enough for every element.
-        codes = (divide_rows(x, step * (1 / NORM)) + ROUND_SIGNED) - ROUND_SIGNED
+        codes = (divide_rows(x, step * (1 / NORM)) + ROUND_SIGNED) - (ROUND_SIGNED - 128)
     else:
-        codes = mid_rise(x, NORM / step, BITS) - (2**BITS - 1) / 2
+        codes = mid_rise(x, NORM / step, BITS)
     return codes, bits
+
+
+@triton.jit
+def byte_of(x):
+    """uint8 of whole float32 numbers from 0 to 255: the last bits of a sum with ``ROUND``."""
+    return (x + ROUND).to(tl.uint32, bitcast=True).to(tl.uint8)
 
 
 @triton.jit

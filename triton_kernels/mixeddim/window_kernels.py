@@ -98,7 +98,7 @@ def held_keys(
         codes, bits = quantise_rows(
             keys, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
         )
-        held = tl.where(wanted[None, :], codes, 0.0)
+        held = tl.where(wanted[None, :], codes - FORMAT.zero, 0.0)
         factor = float_of_bfloat16(bits)
         if FORMAT.splits_queries:
             held = held.to(tl.float16)
@@ -111,12 +111,13 @@ def held_keys(
 @triton.jit
 def whole_rotated(arena, offsets, exists, hadamard, SHAPE: tl.constexpr):
     """Vectors in the Hadamard space, over its norm; nothing where no candidate is in it."""
-    if SHAPE.hadamard is None:
-        rows = exists
-    else:
+    if SHAPE.uses_hadamard:
         dim = tl.arange(0, SHAPE.padded_dims)
         wanted = dim < SHAPE.dims
-        rows = rotated_rows(arena, offsets, exists, hadamard, dim, wanted, SHAPE.hadamard)
+        SPACE: tl.constexpr = SHAPE.hadamard
+        rows = rotated_rows(arena, offsets, exists, hadamard, dim, wanted, SPACE)
+    else:
+        rows = exists
     return rows
 
 
@@ -428,7 +429,7 @@ def value_lost(
             codes, bits = quantise_rows(
                 kept, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
             )
-            off = kept - codes * float_of_bfloat16(bits)[:, None]
+            off = kept - (codes - FORMAT.zero) * float_of_bfloat16(bits)[:, None]
             off = tl.where(wanted[None, :], off, 0.0)
             lost += tl.sum(off * off, axis=1)
     return lost
@@ -459,12 +460,12 @@ def value_errors(
         exists = token < span
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
         rows = whole_rotated(arena, offsets, exists, hadamard, SHAPE)
-        if SHAPE.hadamard is None:
+        if SHAPE.uses_hadamard:
+            square = tl.sum(rows * rows, axis=1) * (SHAPE.hadamard.norm * SHAPE.hadamard.norm)
+        else:
             values = load_rows(arena, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims)
             values = values.to(tl.float32)
             square = tl.sum(values * values, axis=1)
-        else:
-            square = tl.sum(rows * rows, axis=1) * (SHAPE.hadamard.norm * SHAPE.hadamard.norm)
         tl.store(norms + token, tl.sqrt(square), mask=exists)
         for candidate in tl.static_range(CANDIDATES):
             lost = value_lost(rows, arena, offsets, exists, square, basis, head, candidate, SHAPE)

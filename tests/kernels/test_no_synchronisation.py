@@ -113,7 +113,7 @@ def test_launches(by_head):
     kernels, operations = counted[1]
     # Twelve of them once a prompt: its pages, and the page table.
     assert kernels <= 25
-    assert kernels + operations <= 46, " ".join(mode.operations)
+    assert kernels + operations <= 44, " ".join(mode.operations)
 
 
 FAULTS = {

@@ -29,7 +29,7 @@ from mdkv_vllm.kernels.triton.compress import (
     SPLIT_TILE,
     Tiles,
 )
-from mdkv_vllm.kernels.triton.loss_kernel import finish_losses
+from mdkv_vllm.kernels.triton.loss_kernel import finish_losses, plain_losses
 from mdkv_vllm.kernels.triton.pack import PackShape, pack_list_page
 from mdkv_vllm.kernels.triton.prompt_shape import PromptShape
 from mdkv_vllm.kernels.triton.shapes import padded
@@ -169,6 +169,7 @@ def test_pack(size, names, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_small_kernels(capability):
     shape = shape_of(DEFAULT, 128)
+    check(plain_losses, {"SHAPE": shape, "TOKENS": LOSS_TOKENS}, capability)
     check(finish_losses, {"SHAPE": shape, "TOKENS": LOSS_TOKENS}, capability)
     check(window_kernels.merge_log_sums, {"TILE": MAX_TILE_QUERIES}, capability, 2)
     check(window_kernels.split_queries, {"TILE": SPLIT_TILE}, capability)

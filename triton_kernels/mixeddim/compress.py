@@ -22,7 +22,7 @@ from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.prompt import PagedTokens, Prompt
 
 from .allocate import allocate
-from .loss_kernel import finish_losses
+from .loss_kernel import finish_losses, plain_losses
 from .pack import PackShape, pack_list_page
 from .place import first_pages, order_tokens
 from .prompt_shape import PromptShape
@@ -159,8 +159,12 @@ class PagedGroup:
         )  # fmt: skip
         kv_heads = shape.heads
         losses = self._floats(len(self._layers), shape.num_options, kv_heads, span)
-        finish_losses[(triton.cdiv(span, LOSS_TOKENS), kv_heads, len(self._layers))](
-            sums, norms, errors, masses, span, shares, losses, SHAPE=shape, TOKENS=LOSS_TOKENS
+        tiles = triton.cdiv(span, LOSS_TOKENS)
+        plain_losses[(tiles, heads)](
+            sums, norms, errors, masses, span, shares, SHAPE=shape, TOKENS=LOSS_TOKENS
+        )
+        finish_losses[(tiles, kv_heads, len(self._layers))](
+            norms, errors, span, losses, SHAPE=shape, TOKENS=LOSS_TOKENS
         )
         return losses
 

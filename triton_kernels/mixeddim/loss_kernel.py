@@ -15,90 +15,86 @@ AFTER = tl.constexpr(specification.POOL_AFTER)
 AS_IT_IS = tl.constexpr(-2)
 
 
-@triton.jit
-def plain_loss(
-    sums, norms, errors, plane, token, exists, prior, OPTION: tl.constexpr, SHAPE: tl.constexpr
-):
-    """Losses of some tokens by themselves, 0 where there is none.
-
-    Args:
-        sums: of the head, see :func:`.window_kernels.token_sums`; ``norms``, ``errors`` likewise.
-        plane: elements from candidate to candidate.
-        prior: what is added to every token's mass.
-        OPTION: which of ``SHAPE.options``.
-    """
-    NUMBER: tl.constexpr = SHAPE.options[OPTION]
-    mass = tl.load(sums + token, mask=exists, other=0.0)
-    norm = tl.load(norms + token, mask=exists, other=0.0)
-    raised = mass + prior
-    if NUMBER < 0:
-        loss = 2 * raised * norm
-    else:
-        moved = tl.load(sums + (NUMBER + 1) * plane + token, mask=exists, other=0.0)
-        error = tl.load(errors + NUMBER * plane + token, mask=exists, other=0.0)
-        if SHAPE.prior > 0:
-            moved = moved * (raised / tl.maximum(mass, 1e-30))
-        loss = moved * norm + raised * error
-    return tl.where(exists, loss, 0.0)
-
-
-@triton.jit
-def loss_of(
-    sums, norms, errors, plane, token, span, prior, OPTION: tl.constexpr, SHAPE: tl.constexpr
-):
-    """Losses of some tokens at an option, neighbours included; see :func:`plain_loss`."""
-    loss = tl.zeros(token.shape, tl.float32)
-    if SHAPE.own_weight > 0:
-        exists = token < span
-        own = plain_loss(sums, norms, errors, plane, token, exists, prior, OPTION, SHAPE)
-        loss += SHAPE.own_weight * own
-    if SHAPE.pooled_weight > 0:
-        most = tl.zeros(token.shape, tl.float32)  # losses are not negative
-        for offset in tl.range(-BEFORE, AFTER + 1):
-            near = token + offset
-            exists = (near >= 0) & (near < span)
-            other = plain_loss(sums, norms, errors, plane, near, exists, prior, OPTION, SHAPE)
-            most = tl.maximum(most, other)
-        loss += SHAPE.pooled_weight * most
-    return loss
-
-
 @triton.jit(do_not_specialize=["span", "shares"])
-def finish_losses(
-    sums, norms, errors, masses, span, shares, losses, SHAPE: tl.constexpr, TOKENS: tl.constexpr
+def plain_losses(
+    sums, norms, errors, masses, span, shares, SHAPE: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """Losses of a tile of tokens at every option. Grid: token tiles, KV heads, layers.
+    """Losses of a tile of tokens by themselves, written over what they are made of.
+
+    Grid: token tiles, heads.
 
     Args:
         sums: see :func:`.window_kernels.token_sums`; ``masses`` as well.
-        norms: see :func:`.window_kernels.value_errors`; ``errors`` as well.
+        norms: see :func:`.window_kernels.value_errors`; then losses of dropping.
+        errors: see :func:`.window_kernels.value_errors`; then losses at the candidates.
         shares: of ``masses``, per head.
-        losses: written, float32 ``[layers, options, kv_heads, span]``.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    head = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
-    plane = tl.num_programs(1).to(tl.int64) * tl.num_programs(2) * span
+    exists = token < span
+    head = tl.program_id(1).to(tl.int64)
+    plane = tl.num_programs(1).to(tl.int64) * span
     prior = 0.0
     if SHAPE.prior > 0:
         for share in tl.range(0, shares):
             prior += tl.load(masses + head * shares + share)
         prior = SHAPE.prior * prior / span
-    sums += head * span
-    norms += head * span
-    errors += head * span
-    to = (
-        losses
-        + (
-            tl.program_id(2).to(tl.int64) * SHAPE.num_options * tl.num_programs(1)
-            + tl.program_id(1)
-        )
-        * span
-    )
+    sums += head * span + token
+    norms += head * span + token
+    errors += head * span + token
+    mass = tl.load(sums, mask=exists, other=0.0)
+    norm = tl.load(norms, mask=exists, other=0.0)
+    raised = mass + prior
+    CANDIDATES: tl.constexpr = SHAPE.num_candidates
+    for candidate in tl.static_range(CANDIDATES):
+        moved = tl.load(sums + (candidate + 1) * plane, mask=exists, other=0.0)
+        error = tl.load(errors + candidate * plane, mask=exists, other=0.0)
+        if SHAPE.prior > 0:
+            moved = moved * (raised / tl.maximum(mass, 1e-30))
+        tl.store(errors + candidate * plane, moved * norm + raised * error, mask=exists)
+    tl.store(norms, 2 * raised * norm, mask=exists)
+
+
+@triton.jit
+def pooled_loss(plain, token, span, SHAPE: tl.constexpr):
+    """Losses of some tokens, neighbours included.
+
+    Args:
+        plain: pointer to a row of :func:`plain_losses`.
+    """
+    loss = tl.zeros(token.shape, tl.float32)
+    if SHAPE.own_weight > 0:
+        loss += SHAPE.own_weight * tl.load(plain + token, mask=token < span, other=0.0)
+    if SHAPE.pooled_weight > 0:
+        most = tl.zeros(token.shape, tl.float32)  # losses are not negative
+        for offset in tl.static_range(-BEFORE, AFTER + 1):
+            near = token + offset
+            exists = (near >= 0) & (near < span)
+            other = tl.load(plain + near, mask=exists, other=0.0)
+            most = tl.maximum(most, other)
+        loss += SHAPE.pooled_weight * most
+    return loss
+
+
+@triton.jit(do_not_specialize=["span"])
+def finish_losses(norms, errors, span, losses, SHAPE: tl.constexpr, TOKENS: tl.constexpr):
+    """Losses of a tile of tokens at every option. Grid: token tiles, KV heads, layers.
+
+    Args:
+        norms: as :func:`plain_losses` left them; ``errors`` as well.
+        losses: written, float32 ``[layers, options, kv_heads, span]``.
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    heads = tl.num_programs(1).to(tl.int64)
+    head = tl.program_id(2) * heads + tl.program_id(1)
+    plane = heads * tl.num_programs(2) * span
     OPTIONS: tl.constexpr = SHAPE.num_options
+    to = losses + (tl.program_id(2) * OPTIONS * heads + tl.program_id(1)) * span + token
     for option in tl.static_range(OPTIONS):
-        row = to + option * tl.num_programs(1).to(tl.int64) * span
         if SHAPE.options[option] == AS_IT_IS:
             loss = tl.zeros([TOKENS], tl.float32)
+        elif SHAPE.options[option] < 0:
+            loss = pooled_loss(norms + head * span, token, span, SHAPE)
         else:
-            loss = loss_of(sums, norms, errors, plane, token, span, prior, option, SHAPE)
-        tl.store(row + token, loss, mask=token < span)
+            of_candidate = errors + SHAPE.options[option] * plane + head * span
+            loss = pooled_loss(of_candidate, token, span, SHAPE)
+        tl.store(to + option * heads * span, loss, mask=token < span)

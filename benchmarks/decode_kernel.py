@@ -85,22 +85,24 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
     tail = plan.tail_block if isinstance(plan, LeasePlan) else 0
     held = -(-shape.tokens // shape.block_size) - first
     num_blocks = rows * held
-    arena = torch.empty(num_blocks, pages, shape.block_size, 2 * shape.head_size, dtype=shape.dtype)
-    for block in arena:
+    kv_cache = torch.empty(
+        num_blocks, pages, shape.block_size, 2 * shape.head_size, dtype=shape.dtype
+    )
+    for block in kv_cache:
         block.normal_()
     block_table = torch.zeros(rows, first + held, dtype=torch.int32)
     block_table[:, first:] = torch.randperm(num_blocks).view(rows, held).int()
     leases = torch.tensor([[first, tail]] * rows, dtype=torch.int32)
     list_pages = 0
     if isinstance(plan, LeasePlan):
-        list_pages = fill_leases(arena, block_table[:, first:tail], layout, mix)
+        list_pages = fill_leases(kv_cache, block_table[:, first:tail], layout, mix)
     query = shape.query(shape.dtype)
     output = torch.empty_like(query)
     lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32)
     query_rows = torch.arange(rows, dtype=torch.int32).view(shape.sets, shape.batch)
     batches = [DecodeBatch(block_table, some, lengths, leases) for some in query_rows]
     group = query.shape[1] // layout.num_kv_heads
-    kernel = CpuDecode(DecodeConfig(arena, layout, group, None, shape.scale, shape.batch))
+    kernel = CpuDecode(DecodeConfig(kv_cache, layout, group, None, shape.scale, shape.batch))
 
     def step(index: int) -> None:
         for layer in range(shape.layers):
@@ -113,7 +115,7 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
 
 
 def fill_leases(
-    arena: torch.Tensor, lease_blocks: torch.Tensor, layout: LeaseLayout, mix: dict[str, float]
+    kv_cache: torch.Tensor, lease_blocks: torch.Tensor, layout: LeaseLayout, mix: dict[str, float]
 ) -> int:
     """Write the same lease of random tokens into every row's blocks; list pages per lease."""
     formats = layout.formats.formats
@@ -141,9 +143,9 @@ def fill_leases(
         firsts = table[..., column, 1].flatten().tolist()
         for first, part in zip(firsts, packed.chunk(lists), strict=True):
             pages[first : first + part.shape[0]] = part
-    blocks = pages.view(arena.dtype).view(lease_blocks.shape[1], *arena.shape[1:])
+    blocks = pages.view(kv_cache.dtype).view(lease_blocks.shape[1], *kv_cache.shape[1:])
     for row in lease_blocks.long():
-        arena[row] = blocks
+        kv_cache[row] = blocks
     return int(page_counts.sum()) * layout.pages_per_block
 
 

@@ -63,7 +63,7 @@ class Call:
         self.scale = inputs.layout.geometry.head_size**-0.5
         self.kernel = kernel.make(
             DecodeConfig(
-                inputs.arena, inputs.layout, inputs.group, inputs.basis, self.scale,
+                inputs.kv_cache, inputs.layout, inputs.group, inputs.basis, self.scale,
                 len(inputs.lengths),
             )
         )  # fmt: skip

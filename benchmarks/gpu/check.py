@@ -130,7 +130,7 @@ def _captured(
     replay()
     yield "replayed", trial.errors()
     # Other rows, lengths, queries and blocks in the same buffers, among them a row twice.
-    blocks = torch.randperm(len(trial.case.arena)).tolist()
+    blocks = torch.randperm(len(trial.case.kv_cache)).tolist()
     for a, b in zip(blocks[::2], blocks[1::2], strict=False):
         trial.case.swap_blocks(a, b)
     shorter = [max(1, n - 5) if row in (1, 4) else n for row, n in zip(rows, lengths, strict=True)]
@@ -166,7 +166,7 @@ def check_long(load: Load, holding: Holding, seed: int, kernel: Kernel) -> Outco
     of, layer = divmod(last, load.layers)
     expected, _ = float64_decode(
         inputs.queries[of],
-        inputs.arena,
+        inputs.kv_cache,
         layer,
         inputs.layout,
         inputs.block_table,

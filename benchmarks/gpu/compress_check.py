@@ -295,19 +295,19 @@ class Prompt:
         shape = layout.pages_per_block, 16, 2 * case.head_size
         places = torch.randperm(blocks + 9, generator=self._generator)[:blocks]
         table = places.int().unsqueeze(0).to(self.device)
-        arenas = []
+        caches = []
         for pages in (found, expected):
             raw = torch.full((blocks + 9, shape[0], layout.geometry.page_bytes), POISON)
             raw = raw.to(torch.uint8).to(self.device)
             raw[places.to(self.device)] = pages.to(self.device).view(blocks, shape[0], -1)
-            arenas.append(raw.view(case.dtype).view(-1, *shape))
+            caches.append(raw.view(case.dtype).view(-1, *shape))
         queries = 5
         rows = torch.zeros(queries, dtype=torch.int32, device=self.device)
         lengths = rows + blocks * 16
         leases = torch.tensor([[0, blocks]], dtype=torch.int32).to(self.device)
         basis = None if self.basis is None else self.basis.to(self.device)
         scale, worst = case.head_size**-0.5, 0.0
-        kernel = TRITON.make(DecodeConfig(arenas[0], layout, case.group, basis, scale, queries))
+        kernel = TRITON.make(DecodeConfig(caches[0], layout, case.group, basis, scale, queries))
         batch = DecodeBatch(table, rows, lengths, leases)
         for layer in range(case.layers):
             query = self.randn(queries, case.kv_heads * case.group, case.head_size)
@@ -315,7 +315,7 @@ class Prompt:
             output = torch.full_like(query, torch.nan)
             kernel.attend(query, layer, batch, output)
             right, _ = float64_decode(
-                query, arenas[1], layer, layout, table, rows, lengths, leases, basis, scale
+                query, caches[1], layer, layout, table, rows, lengths, leases, basis, scale
             )
             error = float((output.double() - right).norm() / right.norm())
             worst = max(worst, error)

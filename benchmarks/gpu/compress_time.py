@@ -188,9 +188,9 @@ class CachedPrompt:
         self.plan: LeasePlan = plan
         blocks = -(-tokens // BLOCK_SIZE)
         shape = (blocks, self.layout.pages_per_block, BLOCK_SIZE, 2 * heads.head_size)
-        arena = torch.empty(shape, dtype=heads.dtype, device=where).normal_(generator=generator)
+        kv_cache = torch.empty(shape, dtype=heads.dtype, device=where).normal_(generator=generator)
         order = torch.randperm(blocks, generator=generator, device=where).int()
-        self._tokens = PagedTokens(arena, order, tokens, heads.kv_heads)
+        self._tokens = PagedTokens(kv_cache, order, tokens, heads.kv_heads)
         query = (model.layers, heads.q_heads, WINDOW, heads.head_size)
         self._queries = torch.empty(query, dtype=heads.dtype, device=where)
         self._queries.normal_(generator=generator)

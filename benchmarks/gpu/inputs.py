@@ -29,7 +29,7 @@ class Inputs:
 
     Attributes:
         layout: of the load's layers.
-        arena: ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        kv_cache: ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         block_table: int32 ``[sets * batch, blocks]``; -1 for freed blocks.
         leases: int32 ``[sets * batch, 2]``.
         lengths: int32 ``[batch]``, the same for every set.
@@ -42,7 +42,7 @@ class Inputs:
     """
 
     layout: LeaseLayout
-    arena: torch.Tensor
+    kv_cache: torch.Tensor
     block_table: torch.Tensor
     leases: torch.Tensor
     lengths: torch.Tensor
@@ -96,7 +96,7 @@ class Inputs:
 
 def token_bytes(fmt: PageFormat) -> int:
     """Bytes of one token of one head, its two scales included."""
-    return 2 * fmt.rank * fmt.bits // 8 + (4 if fmt.quantised else 0)
+    return 2 * fmt.rank * fmt.bits // 8 + (4 if fmt.quantized else 0)
 
 
 def list_tokens(
@@ -149,7 +149,7 @@ def build(
     rows, held = sets * load.batch, -(-load.tokens // block_size) - first
     num_blocks = rows * held + 1
     shape = (num_blocks, pages_per_block, block_size, 2 * heads.head_size)
-    arena = torch.empty(shape, dtype=heads.dtype, device=device).normal_(generator=generator)
+    kv_cache = torch.empty(shape, dtype=heads.dtype, device=device).normal_(generator=generator)
     ids = torch.randperm(num_blocks, generator=generator, device=device)[1:].view(rows, held)
     tokens = torch.zeros(layout.table_shape[1:3], dtype=torch.int64)
     if isinstance(plan, LeasePlan):
@@ -158,14 +158,14 @@ def build(
         )
         blocks = ids[:, : plan.num_lease_blocks, None] * pages_per_block
         places = (blocks + torch.arange(pages_per_block, device=device)).flatten(1)
-        _write_lists(arena, places, layout, tokens, generator)
+        _write_lists(kv_cache, places, layout, tokens, generator)
     block_table = torch.full((rows, first + held), -1, dtype=torch.int32, device=device)
     block_table[:, first:] = ids
     every_row = torch.arange(rows, dtype=torch.int32, device=device).view(sets, load.batch)
     query = (load.batch, heads.q_heads, heads.head_size)
     return Inputs(
         layout,
-        arena,
+        kv_cache,
         block_table,
         torch.tensor([[first, tail]], dtype=torch.int32, device=device).repeat(rows, 1),
         torch.full((load.batch,), load.tokens, dtype=torch.int32, device=device),
@@ -194,24 +194,24 @@ def _random_basis(
 
 
 def _write_lists(
-    arena: torch.Tensor,
+    kv_cache: torch.Tensor,
     places: torch.Tensor,
     layout: LeaseLayout,
     tokens: torch.Tensor,
     generator: torch.Generator,
 ) -> None:
-    """Write page tables and quantised pages, and poison what no list has.
+    """Write page tables and quantized pages, and poison what no list has.
 
     Pages of elements are left as they are, filled with normal numbers.
 
     Args:
-        arena: the cache.
-        places: int64 ``[rows, lease pages]``, where each page of each lease is in the arena.
+        kv_cache: the cache.
+        places: int64 ``[rows, lease pages]``, where each page of each lease is in the cache.
         layout: of the load's layers.
         tokens: int64 ``[kv_heads, formats]``.
-        generator: of the arena's device.
+        generator: of the cache's device.
     """
-    pages = arena.view(torch.uint8).view(-1, layout.geometry.page_bytes)
+    pages = kv_cache.view(torch.uint8).view(-1, layout.geometry.page_bytes)
     table = layout.page_table(tokens.expand(layout.num_layers, -1, -1))
     used = torch.zeros(places.shape[1], dtype=torch.bool)
     used[: layout.table_pages] = True
@@ -223,7 +223,7 @@ def _write_lists(
         for count, first in table[:, :, column].flatten(0, 1).tolist():
             last = first + fmt.pages(count)
             used[first:last] = True
-            if fmt.quantised:
+            if fmt.quantized:
                 _write_codes(pages, places[:, first:last].flatten(), fmt, generator)
     unused = places[:, (~used).to(places.device)].flatten()
     for chunk in unused.split(max(1, CHUNK_BYTES // pages.shape[1])):

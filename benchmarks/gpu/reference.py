@@ -12,7 +12,7 @@ from mdkv_vllm.core.reference import attend, read_page_table, read_prompt_basis,
 
 def mixed_decode(
     query: torch.Tensor,
-    arena: torch.Tensor,
+    kv_cache: torch.Tensor,
     layer: int,
     layout: LeaseLayout,
     block_table: torch.Tensor,
@@ -35,11 +35,11 @@ def mixed_decode(
     for index, (row, length) in enumerate(zip(query_rows.tolist(), lengths.tolist(), strict=True)):
         if length == 0:
             continue
-        keys, values = _tail(arena, layer, layout, block_table[row], leases[row], length)
+        keys, values = _tail(kv_cache, layer, layout, block_table[row], leases[row], length)
         first, end = leases[row].tolist()
         kept = [(keys[head], values[head]) for head in range(heads)]
         if end:
-            lease = _lease(arena, block_table[row, first:end], layer, layout, basis)
+            lease = _lease(kv_cache, block_table[row, first:end], layer, layout, basis)
             kept = [
                 (torch.cat((k, more_k)), torch.cat((v, more_v)))
                 for (k, v), (more_k, more_v) in zip(kept, lease, strict=True)
@@ -51,7 +51,7 @@ def mixed_decode(
 
 
 def _tail(
-    arena: torch.Tensor,
+    kv_cache: torch.Tensor,
     layer: int,
     layout: LeaseLayout,
     blocks: torch.Tensor,
@@ -62,20 +62,20 @@ def _tail(
     block_size, heads = layout.geometry.block_size, layout.num_kv_heads
     first = int(lease[1])
     last = max(first, -(-length // block_size))
-    pages = arena[blocks[first:last].long(), layer * heads : (layer + 1) * heads]
+    pages = kv_cache[blocks[first:last].long(), layer * heads : (layer + 1) * heads]
     slots = pages.transpose(0, 1).flatten(1, 2)[:, : max(length - first * block_size, 0)].double()
     return slots[..., : layout.geometry.head_size], slots[..., layout.geometry.head_size :]
 
 
 def _lease(
-    arena: torch.Tensor,
+    kv_cache: torch.Tensor,
     blocks: torch.Tensor,
     layer: int,
     layout: LeaseLayout,
     basis: Basis | None,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Kept tokens of each head: float64 keys and values ``[tokens, head_size]``."""
-    pages = arena[blocks.long()].view(torch.uint8).flatten(2).flatten(0, 1)
+    pages = kv_cache[blocks.long()].view(torch.uint8).flatten(2).flatten(0, 1)
     table = read_page_table(pages, layout)[layer].tolist()
     if layout.prompt_basis_rank:
         basis = read_prompt_basis(pages, layout)

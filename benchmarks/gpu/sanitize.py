@@ -72,7 +72,7 @@ def small_case(kernel: str, planted: bool) -> None:
     trial = Trial(case, len(case.totals), device().where, kernel_named(kernel))
     trial.load(range(len(case.totals)), case.totals)
     if planted:
-        trial.block_table[1] = len(case.arena) + 10**5
+        trial.block_table[1] = len(case.kv_cache) + 10**5
     trial.launch()
     device().synchronize()
     if planted:

@@ -57,7 +57,7 @@ class Trial:
         model = case.model
         heads = model.kv_heads * model.group
         self.case, self.device, self.kernel = case, device, kernel
-        self.arena = case.arena.clone().to(device)
+        self.kv_cache = case.kv_cache.clone().to(device)
         self.block_table = case.block_table.clone().to(device)
         self.leases = case.leases.clone().to(device)
         self.query_rows = torch.zeros(queries, dtype=torch.int32, device=device)
@@ -70,13 +70,15 @@ class Trial:
         self.lse = torch.empty(shape[:2], device=device)
         self.scale = model.head_size**-0.5
         self.kernel = kernel.make(
-            DecodeConfig(self.arena, case.layout, model.group, case.calibrated, self.scale, queries)
+            DecodeConfig(
+                self.kv_cache, case.layout, model.group, case.calibrated, self.scale, queries
+            )
         )
 
     def load(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy the case as it now is, fresh queries, and poison into the buffers."""
         case = self.case
-        self.arena.copy_(case.arena)
+        self.kv_cache.copy_(case.kv_cache)
         self.block_table.copy_(case.block_table)
         self.query_rows.copy_(torch.tensor(rows))
         self.lengths.copy_(torch.tensor(lengths))
@@ -95,7 +97,7 @@ class Trial:
         """What a launch should write: float64 outputs and log-sum-exps."""
         return reference.mixed_decode(
             self.query,
-            self.arena,
+            self.kv_cache,
             layer,
             self.case.layout,
             self.block_table,
@@ -111,7 +113,7 @@ class Trial:
         case = self.case
         expected, expected_lse = self.expected(layer)
         wrong = []
-        if not torch.equal(self.arena.cpu().view(torch.uint8), case.arena.view(torch.uint8)):
+        if not torch.equal(self.kv_cache.cpu().view(torch.uint8), case.kv_cache.view(torch.uint8)):
             wrong.append("the cache was written to")
         if not self.rows[:, 0].isnan().all():
             wrong.append("something beside the output was written to")

@@ -92,7 +92,7 @@ struct TileScratch {
   float* step;        // [group]
   float* weight_sum;  // [group]
   float* basis;       // [rank, head_size]: the prompt basis as floats
-  uint8_t* copies;    // two tiles' pages that are too near the end of the kv_cache to be over-read
+  uint8_t* copies;    // two tiles' pages that are too near the end of the cache to be over-read
   int64_t tokens;
 
   MDKV_INLINE static TileScratch carve(const DecodeArgs& args, Carver& carver) {

@@ -93,7 +93,7 @@ void set_cache(const at::Tensor& kv_cache, int64_t layer, int64_t num_kv_heads, 
       "got ",
       kv_cache.sizes(), " with strides ", kv_cache.strides());
   TORCH_CHECK(num_kv_heads > 0 && kv_cache.size(1) % num_kv_heads == 0,
-              "num_kv_heads: ", num_kv_heads, " does not divide the kv_cache's ", kv_cache.size(1),
+              "num_kv_heads: ", num_kv_heads, " does not divide the cache's ", kv_cache.size(1),
               " pages per block");
   TORCH_CHECK(layer >= 0 && (layer + 1) * num_kv_heads <= kv_cache.size(1), "layer: ", layer,
               " of ", kv_cache.size(1) / num_kv_heads);

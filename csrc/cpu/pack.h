@@ -3,7 +3,7 @@
 
 #include "convert.h"
 #include "kernels.h"
-#include "quantise.h"
+#include "quantize.h"
 
 namespace mdkv {
 namespace MDKV_ISA {
@@ -31,7 +31,7 @@ inline void pack_codes(const PackArgs& args, const float* keys, const float* val
   const int64_t size = int64_t{capacity} * rank, used = int64_t{count} * rank;
   for (int t = 0; t < count; ++t) {
     const int64_t at = int64_t{t} * rank;
-    scales[t] = from_float<BFloat16>(quantise<kBits>(keys + at, rank, codes + at));
+    scales[t] = from_float<BFloat16>(quantize<kBits>(keys + at, rank, codes + at));
   }
   __builtin_memset(codes + used, 0, size - used);
   // A byte holds the same dimension of tokens that lie a run apart. Merging them first,
@@ -44,7 +44,7 @@ inline void pack_codes(const PackArgs& args, const float* keys, const float* val
   }
   const int row_bytes = rank * kBits / 8;
   for (int t = 0; t < count; ++t) {
-    const float scale = quantise<kBits>(values + int64_t{t} * rank, rank, codes);
+    const float scale = quantize<kBits>(values + int64_t{t} * rank, rank, codes);
     scales[capacity + t] = from_float<BFloat16>(scale);
     merge_fields<kBits>(codes, row_bytes, row_bytes,
                         page + format.values_offset + int64_t{t} * row_bytes);

@@ -68,7 +68,7 @@ class PageStream {
                : lease_page(args_, unit_, unit_.lists[segment_].first_page + page);
   }
 
-  // Pages whose end kernels cannot over-read, because the kv_cache ends there, are copied. Null
+  // Pages whose end kernels cannot over-read, because the cache ends there, are copied. Null
   // where the tile has no room for another copy.
   MDKV_INLINE const uint8_t* readable(const uint8_t* page, Tile& tile) const {
     if (__builtin_expect(page + args_.page_bytes + kOverread <= args_.kv_cache_end, 1)) return page;

@@ -1,8 +1,8 @@
-// Vectors as their codes will be read back; mdkv_vllm/core/quantise.py is the specification.
+// Vectors as their codes will be read back; mdkv_vllm/core/quantize.py is the specification.
 #pragma once
 
 #include "kernels.h"
-#include "quantise.h"
+#include "quantize.h"
 
 namespace mdkv {
 namespace MDKV_ISA {

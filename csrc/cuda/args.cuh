@@ -145,7 +145,7 @@ MDKV_DEVICE const uint8_t* lease_page(const DecodeArgs& args, const int32_t* blo
                                       int first_block, int page) {
   const int64_t block = blocks[first_block + page / args.pages_per_block];
   const int64_t number = block * args.pages_per_block + page % args.pages_per_block;
-  return static_cast<const uint8_t*>(args.call.arena) + number * args.page_bytes;
+  return static_cast<const uint8_t*>(args.call.kv_cache) + number * args.page_bytes;
 }
 
 MDKV_DEVICE const int32_t* blocks_of(const DecodeArgs& args, int row) {

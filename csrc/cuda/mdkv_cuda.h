@@ -48,7 +48,7 @@ typedef struct {
   int64_t query_head_stride;
   int32_t query_element;  // mdkv_element, of the output too
   int32_t queries;
-  const void* arena;  // [blocks, layers * kv_heads, block_size, 2 * head_size], 16-byte aligned
+  const void* kv_cache;  // [blocks, layers * kv_heads, block_size, 2 * head_size], 16-byte aligned
   int32_t layer;
   float scale;
   const int32_t* block_table;  // [rows, blocks]

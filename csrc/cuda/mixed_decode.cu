@@ -46,9 +46,9 @@ std::string check_call(const mdkv_shape& shape, const mdkv_call& call) {
   if (call.query_element < MDKV_FLOAT32 || call.query_element > MDKV_BFLOAT16) {
     return "queries must be float32, float16 or bfloat16";
   }
-  if (reinterpret_cast<uintptr_t>(call.arena) % kChunk != 0 ||
+  if (reinterpret_cast<uintptr_t>(call.kv_cache) % kChunk != 0 ||
       reinterpret_cast<uintptr_t>(call.workspace) % kChunk != 0) {
-    return "arena and workspace must be 16-byte aligned";
+    return "kv_cache and workspace must be 16-byte aligned";
   }
   return "";
 }

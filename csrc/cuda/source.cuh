@@ -201,7 +201,7 @@ class PageSource {
       const int64_t block = blocks[record()[kTailBlock] + in_list];
       const int unit_head = unit_ / args_.tiles % args_.num_kv_heads;
       const int64_t page_in_block = int64_t{args_.call.layer} * args_.num_kv_heads + unit_head;
-      address_ = static_cast<const uint8_t*>(args_.call.arena) +
+      address_ = static_cast<const uint8_t*>(args_.call.kv_cache) +
                  (block * args_.pages_per_block + page_in_block) * args_.page_bytes;
     }
     looked_up_ = (page_ & ~31) + 32;

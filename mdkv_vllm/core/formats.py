@@ -10,7 +10,7 @@ Layout of a page, tokens ``t < tokens_per_page`` and dimensions ``d < rank``:
     vLLM's own slots: token-major, ``[t][K(head_size) | V(head_size)]``.
 
 every other format
-    ``K[d][t]`` codes, then ``V[t][d]`` codes, then (quantised only) bf16 ``K`` scales ``[t]``
+    ``K[d][t]`` codes, then ``V[t][d]`` codes, then (quantized only) bf16 ``K`` scales ``[t]``
     and bf16 ``V`` scales ``[t]``. Keys are dimension-major so that a kernel scores many
     tokens per instruction without a horizontal sum.
 
@@ -18,7 +18,7 @@ every other format
     byte ``j`` of a row of ``n`` codes holds the codes ``j, j + n/p, j + 2n/p, ...`` from its
     lowest bits up, so unpacking a vector of bytes gives contiguous runs of codes.
 
-A quantised code ``c`` (unsigned field of ``bits`` bits) stands for ``(c - zero) * scale`` with
+A quantized code ``c`` (unsigned field of ``bits`` bits) stands for ``(c - zero) * scale`` with
 ``zero = 128`` for int8 (symmetric, codes 1..255), 7.5 for int4 and 1.5 for int2.
 """
 
@@ -66,7 +66,7 @@ class Rotation(IntEnum):
     BASIS = 1
     """The first ``rank`` columns of a principal basis (calibrated, or of the prompt)."""
     HADAMARD = 2
-    """A fixed orthonormal Hadamard matrix, which spreads outliers before quantising."""
+    """A fixed orthonormal Hadamard matrix, which spreads outliers before quantizing."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class PageFormat:
         return self.kind is Kind.SLOTS
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether elements are integer codes with a scale per token and head."""
         return self.kind is Kind.CODES
 
@@ -127,12 +127,12 @@ class PageFormat:
     @property
     def zero(self) -> float:
         """The code value that stands for zero."""
-        return CODE_ZERO[self.bits] if self.quantised else 0.0
+        return CODE_ZERO[self.bits] if self.quantized else 0.0
 
     @property
     def bytes_per_token(self) -> float:
         """Bytes of one token's K and V with their scales, without rounding to pages."""
-        return 2 * (self.rank * self.bits / 8 + SCALE_BYTES * self.quantised)
+        return 2 * (self.rank * self.bits / 8 + SCALE_BYTES * self.quantized)
 
     @property
     def section_bytes(self) -> int:
@@ -152,7 +152,7 @@ class PageFormat:
     @property
     def used_bytes(self) -> int:
         """Bytes of a page that hold anything."""
-        return self.scales_offset + 2 * SCALE_BYTES * self.tokens_per_page * self.quantised
+        return self.scales_offset + 2 * SCALE_BYTES * self.tokens_per_page * self.quantized
 
     @property
     def zero_halves(self) -> int:
@@ -205,14 +205,14 @@ def parse_format(name: str, geometry: PageGeometry) -> PageFormat:
             f"formats: {name!r} has rank {rank}; allowed are multiples of 4 below the "
             f"model's head size {geometry.head_size}"
         )
-    quantised = match["bits"] is not None
+    quantized = match["bits"] is not None
     bits = int(match["bits"] or geometry.dtype.itemsize * 8)
     per_byte = max(1, 8 // bits)
-    token_bits = 2 * (rank * bits + (SCALE_BYTES * 8 if quantised else 0))
+    token_bits = 2 * (rank * bits + (SCALE_BYTES * 8 if quantized else 0))
     tokens = geometry.page_bytes * 8 // token_bits // per_byte * per_byte
     return PageFormat(
         name,
-        Kind.CODES if quantised else Kind.ELEMENTS,
+        Kind.CODES if quantized else Kind.ELEMENTS,
         rank,
         bits,
         Rotation.BASIS if match["rank"] else Rotation.HADAMARD,

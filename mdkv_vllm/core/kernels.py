@@ -15,7 +15,7 @@ from mdkv_vllm.core.loss import Candidate, loss_sums, window_logits
 from mdkv_vllm.core.losses import Loss
 from mdkv_vllm.core.packing import pack_list
 from mdkv_vllm.core.prompt import Prompt
-from mdkv_vllm.core.quantise import dequantise, quantise
+from mdkv_vllm.core.quantize import dequantize, quantize
 
 SCORE_ELEMENTS = 1 << 24
 """Most elements of one score matrix of the reference (64 MiB); more heads are taken in turns."""
@@ -103,7 +103,7 @@ class LayerKernels(Protocol):
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantise and read back.
+        """Quantize and read back.
 
         Args:
             keys: float32 ``[kv_heads, span, rank]``, innermost contiguous.
@@ -182,7 +182,7 @@ class ReferenceKernels:
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`LayerKernels`."""
-        read = [dequantise(*quantise(x, bits), CODE_ZERO[bits]) for x in (keys, values)]
+        read = [dequantize(*quantize(x, bits), CODE_ZERO[bits]) for x in (keys, values)]
         return read[0], (values - read[1]).square().sum(-1)
 
     def loss_sums(

@@ -24,7 +24,7 @@ class LayerGroup:
     """:class:`mdkv_vllm.core.kernels.LayersToCompress` of kernels for a layer.
 
     One layer at a time is in memory: its keys and values as read, once more in float32 per rotation
-    in use, and its keys as read back from each quantised format, float32.
+    in use, and its keys as read back from each quantized format, float32.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class LayerGroup:
             # Orthonormal columns: what the projection loses is what it does not hold.
             lost = span.value_norms().square() - values.square().sum(-1)
             error = lost.clamp_min_(0)
-        if fmt.quantised:
+        if fmt.quantized:
             keys, rounding = self._kernels.round_trip(keys, values, fmt.bits)
             error = error + rounding
         return Candidate(queries[..., : fmt.rank], keys, error.sqrt())

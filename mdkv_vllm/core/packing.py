@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from mdkv_vllm.core.formats import PageFormat, PageGeometry
-from mdkv_vllm.core.quantise import dequantise, quantise
+from mdkv_vllm.core.quantize import dequantize, quantize
 
 
 def pack_list(
@@ -36,9 +36,9 @@ def pack_list(
         flat[:num_tokens] = slots
         return pages
     section, scales = fmt.section_bytes, fmt.scales_offset
-    if fmt.quantised:
-        key_codes, key_scales = quantise(keys, fmt.bits)
-        value_codes, value_scales = quantise(values, fmt.bits)
+    if fmt.quantized:
+        key_codes, key_scales = quantize(keys, fmt.bits)
+        value_codes, value_scales = quantize(values, fmt.bits)
         for at, scale in ((scales, key_scales), (scales + 2 * capacity, value_scales)):
             paged = _paged(scale.unsqueeze(-1), num_pages, capacity).squeeze(-1).contiguous()
             pages[:, at : at + 2 * capacity] = paged.view(torch.uint8)
@@ -77,12 +77,12 @@ def unpack_list(
     keys = _unpack_rows(key_bytes, fmt, geometry.dtype).transpose(1, 2).reshape(-1, fmt.rank)
     values = _unpack_rows(value_bytes, fmt, geometry.dtype).reshape(-1, fmt.rank)
     keys, values = keys[:num_tokens], values[:num_tokens]
-    if not fmt.quantised:
+    if not fmt.quantized:
         return keys.float(), values.float()
     read = []
     for at, codes in ((scales, keys), (scales + 2 * capacity, values)):
         scale = pages[:, at : at + 2 * capacity].contiguous().view(torch.bfloat16).flatten()
-        read.append(dequantise(codes, scale[:num_tokens], fmt.zero))
+        read.append(dequantize(codes, scale[:num_tokens], fmt.zero))
     return read[0], read[1]
 
 
@@ -95,7 +95,7 @@ def _paged(rows: torch.Tensor, num_pages: int, capacity: int) -> torch.Tensor:
 
 def pack_rows(rows: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
     """Pack the last axis of ``[pages, rows, n]`` codes into uint8 bytes."""
-    if not fmt.quantised:
+    if not fmt.quantized:
         return rows.contiguous().view(torch.uint8)
     per_byte = fmt.codes_per_byte
     runs = rows.reshape(*rows.shape[:2], per_byte, -1)
@@ -107,7 +107,7 @@ def pack_rows(rows: torch.Tensor, fmt: PageFormat) -> torch.Tensor:
 
 def _unpack_rows(packed: torch.Tensor, fmt: PageFormat, dtype: torch.dtype) -> torch.Tensor:
     """Inverse of :func:`pack_rows`."""
-    if not fmt.quantised:
+    if not fmt.quantized:
         return packed.contiguous().view(dtype)
     mask = 2**fmt.bits - 1
     runs = [(packed >> (field * fmt.bits)) & mask for field in range(fmt.codes_per_byte)]

@@ -22,13 +22,13 @@ class PagedTokens:
     """A prompt in the paged cache, for kernels that read it there; also a :data:`LoadLayer`.
 
     Attributes:
-        arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         blocks: int32 ``[blocks of the prompt or more]``, in token order.
         tokens: of the prompt.
         kv_heads: KV heads of a layer.
     """
 
-    arena: torch.Tensor
+    kv_cache: torch.Tensor
     blocks: torch.Tensor
     tokens: int
     kv_heads: int
@@ -36,8 +36,8 @@ class PagedTokens:
     def __call__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """See :data:`LoadLayer`; a gathered copy in the cache's type."""
         heads = slice(layer * self.kv_heads, (layer + 1) * self.kv_heads)
-        used = self.blocks[: -(-self.tokens // self.arena.shape[2])]
-        both = self.arena[:, heads].index_select(0, used).transpose(0, 1).flatten(1, 2)
+        used = self.blocks[: -(-self.tokens // self.kv_cache.shape[2])]
+        both = self.kv_cache[:, heads].index_select(0, used).transpose(0, 1).flatten(1, 2)
         keys, values = both[:, : self.tokens].chunk(2, dim=-1)
         return keys, values
 

@@ -13,14 +13,14 @@ from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.packing import unpack_list
 
 
-def lease_pages(arena: torch.Tensor, lease_blocks: torch.Tensor) -> torch.Tensor:
+def lease_pages(kv_cache: torch.Tensor, lease_blocks: torch.Tensor) -> torch.Tensor:
     """All pages of a lease in order: uint8 ``[pages, page_bytes]`` (a copy).
 
     Args:
-        arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         lease_blocks: block ids of the lease, integer ``[n]``.
     """
-    pages = arena[lease_blocks.long()].flatten(0, 1)
+    pages = kv_cache[lease_blocks.long()].flatten(0, 1)
     return pages.contiguous().view(pages.shape[0], -1).view(torch.uint8)
 
 
@@ -61,7 +61,7 @@ def to_full(low: torch.Tensor, fmt: PageFormat, directions: torch.Tensor | None)
 
 
 def read_lease(
-    arena: torch.Tensor,
+    kv_cache: torch.Tensor,
     lease_blocks: torch.Tensor,
     layer: int,
     head: int,
@@ -73,7 +73,7 @@ def read_lease(
     Returns:
         float64 keys and values ``[kept tokens, head_size]``.
     """
-    pages = lease_pages(arena, lease_blocks)
+    pages = lease_pages(kv_cache, lease_blocks)
     table = read_page_table(pages, layout)
     if layout.prompt_basis_rank:
         basis = read_prompt_basis(pages, layout)
@@ -110,7 +110,7 @@ def attend(
 
 def mixed_decode(
     query: torch.Tensor,
-    arena: torch.Tensor,
+    kv_cache: torch.Tensor,
     layer: int,
     layout: LeaseLayout,
     block_table: torch.Tensor,
@@ -124,7 +124,7 @@ def mixed_decode(
 
     Args:
         query: ``[queries, query_heads, head_size]``.
-        arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         layer: the layer to attend in.
         layout: what leases look like.
         block_table: int32 ``[rows, max_blocks]``.
@@ -150,11 +150,11 @@ def mixed_decode(
         positions = torch.arange(tail * block_size, max(length, tail * block_size))
         blocks = block_table[row].long()[positions // block_size]
         for head in range(heads):
-            slots = arena[blocks, layer * heads + head, positions % block_size]
+            slots = kv_cache[blocks, layer * heads + head, positions % block_size]
             keys, values = slots[:, :head_size].double(), slots[:, head_size:].double()
             if tail:
                 kept_k, kept_v = read_lease(
-                    arena, block_table[row, first_lease:tail], layer, head, layout, basis
+                    kv_cache, block_table[row, first_lease:tail], layer, head, layout, basis
                 )
                 keys, values = torch.cat((kept_k, keys)), torch.cat((kept_v, values))
             mine = slice(head * group, (head + 1) * group)

@@ -43,7 +43,7 @@ def find_smollm2_gguf() -> Path:
 
 @dataclass(frozen=True)
 class GgufModel:
-    """An opened GGUF file: its metadata, and its tensors dequantised on demand."""
+    """An opened GGUF file: its metadata, and its tensors dequantized on demand."""
 
     path: Path
     _reader: Any

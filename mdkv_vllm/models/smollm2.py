@@ -124,7 +124,7 @@ def _write_model(model: GgufModel, folder: Path, say: Progress) -> None:
     build_tokenizer(model).save(str(folder / "tokenizer.json"))
     _write_json(folder / "tokenizer_config.json", tokenizer_config(model))
 
-    say("dequantising the weights to bfloat16")
+    say("dequantizing the weights to bfloat16")
     state = llama_state_dict(
         model.tensors(),
         num_heads=config["num_attention_heads"],

@@ -60,7 +60,7 @@ def undo_rope_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
 def llama_state_dict(
     tensors: Iterable[tuple[str, torch.Tensor]], *, num_heads: int, num_kv_heads: int
 ) -> dict[str, torch.Tensor]:
-    """Turn dequantised llama.cpp tensors into a bfloat16 Hugging Face state dict.
+    """Turn dequantized llama.cpp tensors into a bfloat16 Hugging Face state dict.
 
     There is no ``lm_head.weight``: the embedding is tied, and a second copy on disk could
     only disagree with it.

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.plugin.arena import store_tokens
+from mdkv_vllm.plugin.kv_cache import store_tokens
 from mdkv_vllm.plugin.registration import BACKEND_NAME, DEFAULT_BLOCK_SIZE
 from mdkv_vllm.plugin.validation import refuse_layer, refuse_spec
 from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
@@ -200,11 +200,11 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]`` view of this layer.
             attn_metadata: this step's metadata.
             output: ``[tokens, query_heads, head_size]``, written in place.
-            output_scale: fused output quantisation; refused.
+            output_scale: fused output quantization; refused.
             output_block_scale: likewise.
         """
         if output_scale is not None or output_block_scale is not None:
-            raise NotImplementedError("mixeddim: fused output quantisation is not supported")
+            raise NotImplementedError("mixeddim: fused output quantization is not supported")
         if attn_metadata is None:
             return output.fill_(0)
         current_runtime().attend(kv_cache, query, key, value, attn_metadata, self.scale, output)

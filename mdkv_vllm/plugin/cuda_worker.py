@@ -27,15 +27,15 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         our runtime holds is then seen by vLLM as held. What compressing the longest prompt takes
         for a moment may lie where a step's activations lie at other times.
         """
-        asked = self.cache_config.kv_cache_memory_bytes
+        requested = self.cache_config.kv_cache_memory_bytes
         policy = policy_of(list(set(self.get_kv_cache_spec().values())))
         size = policy.geometry
-        arena = torch.zeros(
+        kv_cache = torch.zeros(
             (2, policy.layout.pages_per_block, size.block_size, 2 * size.head_size),
             dtype=size.dtype,
             device=self.device,
         )
-        runtime = self._make_runtime(policy, arena)
+        runtime = self._make_runtime(policy, kv_cache)
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         tokens = self._warm_up(runtime)
@@ -45,9 +45,9 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         install_runtime(runtime)
         available = super().determine_available_memory()
         install_runtime(None)
-        del runtime, arena
+        del runtime, kv_cache
         gc.collect()
-        if asked is not None:
+        if requested is not None:
             return available  # the user's own word on the cache
         graphs = envs.VLLM_MEMORY_PROFILER_ESTIMATE_CUDAGRAPHS
         beyond = max(0, passing - step_activations(self, graphs)) + windows

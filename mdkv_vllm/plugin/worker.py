@@ -18,9 +18,9 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.kernels.interface import DecodeConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
-from mdkv_vllm.plugin.arena import arena_of, attention_layers
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
+from mdkv_vllm.plugin.kv_cache import attention_layers, kv_cache_of
 from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.directory import start_recording
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
@@ -54,11 +54,11 @@ class MixedDimWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         policy = policy_of([group.kv_cache_spec for group in kv_cache_config.kv_cache_groups])
         layers = attention_layers(self.vllm_config)
-        arena = arena_of([layer.kv_cache for layer in layers], policy)
-        self._runtime = self._make_runtime(policy, arena)
+        kv_cache = kv_cache_of([layer.kv_cache for layer in layers], policy)
+        self._runtime = self._make_runtime(policy, kv_cache)
         install_runtime(self._runtime)
 
-    def _make_runtime(self, policy: Policy, arena: torch.Tensor) -> Runtime:
+    def _make_runtime(self, policy: Policy, kv_cache: torch.Tensor) -> Runtime:
         """Everything that stands around a cache.
 
         Raises:
@@ -73,11 +73,11 @@ class MixedDimWorker(Worker):
         artifacts = RankArtifacts.load(policy, self.vllm_config, self.rank)
         limits = step_limits(self.vllm_config)
         prefill_name, prefill = choose_prefill(
-            config.prefill, arena.device, model.dtype, policy.geometry.head_size
+            config.prefill, kv_cache.device, model.dtype, policy.geometry.head_size
         )
         group = layers[0].num_heads // policy.num_kv_heads
         decode_config = DecodeConfig(
-            arena, policy.layout, group, artifacts.basis, scale, limits.requests
+            kv_cache, policy.layout, group, artifacts.basis, scale, limits.requests
         )
         decode_name, decode = decode_kernel(config.kernels, decode_config)
         compressor = Compressor(
@@ -86,7 +86,7 @@ class MixedDimWorker(Worker):
             scale,
             artifacts.basis,
             artifacts.heads,
-            compression_kernels(config.kernels, arena.device),
+            compression_kernels(config.kernels, kv_cache.device),
         )
         logger.info_once("mixeddim: %s", describe(policy, artifacts.heads))
         logger.info_once("mixeddim: decode by %s, prefill by %s", decode_name, prefill_name)
@@ -96,7 +96,7 @@ class MixedDimWorker(Worker):
             compressor,
             decode,
             prefill,
-            arena,
+            kv_cache,
             layers[0].num_heads,
             model.dtype,
             limits,

@@ -83,10 +83,10 @@ class Case:
         ]
         num_blocks = sum(entries) + 1
         pages = self.layout.pages_per_block
-        self.arena = torch.full(
+        self.kv_cache = torch.full(
             (num_blocks, pages, self.layout.geometry.page_bytes), POISON, dtype=torch.uint8
         ).view(model.dtype)
-        self.arena = self.arena.view(num_blocks, pages, model.block_size, 2 * model.head_size)
+        self.kv_cache = self.kv_cache.view(num_blocks, pages, model.block_size, 2 * model.head_size)
         free = torch.randperm(num_blocks, generator=self.gen).tolist()
         self.block_table = torch.full((len(requests), max([*entries, 1])), -1, dtype=torch.int32)
         self.leases = torch.zeros(len(requests), 2, dtype=torch.int32)
@@ -109,7 +109,7 @@ class Case:
         for t in range(request.tail_tokens):
             block = taken[request.lease_blocks + t // model.block_size]
             slot = self.randn(self.layout.pages_per_block, 2 * model.head_size)
-            self.arena[block, :, t % model.block_size] = slot.to(model.dtype)
+            self.kv_cache[block, :, t % model.block_size] = slot.to(model.dtype)
         self.totals.append(tail * model.block_size + request.tail_tokens)
         if request.lease_blocks:
             self.leases[row] = torch.tensor([first, tail])
@@ -143,8 +143,8 @@ class Case:
             if count % fmt.tokens_per_page:
                 poison_unused(packed[-1], count % fmt.tokens_per_page, fmt, layout.geometry)
             pages[at : at + len(packed)] = packed
-        shaped = pages.view(self.model.dtype).view(len(blocks), *self.arena.shape[1:])
-        self.arena[blocks] = shaped
+        shaped = pages.view(self.model.dtype).view(len(blocks), *self.kv_cache.shape[1:])
+        self.kv_cache[blocks] = shaped
 
     def draw_tokens(self, lease_blocks: int, fill: float) -> torch.Tensor:
         """Tokens of each list of a lease: int64 ``[layers, kv_heads, formats]``."""
@@ -169,8 +169,8 @@ class Case:
             pages[first : first + per_head].view(-1)[: raw.numel()] = raw
 
     def swap_blocks(self, a: int, b: int) -> None:
-        """Exchange two blocks, so that another one is the last of the arena."""
-        self.arena[[a, b]] = self.arena[[b, a]]
+        """Exchange two blocks, so that another one is the last of the cache."""
+        self.kv_cache[[a, b]] = self.kv_cache[[b, a]]
         table = self.block_table.clone()
         self.block_table[table == a], self.block_table[table == b] = b, a
 
@@ -211,12 +211,12 @@ class Case:
         output = output[:, 1:]  # strided rows
         lse = torch.full((len(rows), heads), torch.nan)
         scale = model.head_size**-0.5
-        before = self.arena.view(torch.uint8).clone()
+        before = self.kv_cache.view(torch.uint8).clone()
         self.decode(query, layer, query_rows, query_lengths, scale, output, lse)
-        assert torch.equal(before, self.arena.view(torch.uint8))
+        assert torch.equal(before, self.kv_cache.view(torch.uint8))
         expected, expected_lse = reference.mixed_decode(
             query.double(),
-            self.arena,
+            self.kv_cache,
             layer,
             self.layout,
             self.block_table,
@@ -239,7 +239,7 @@ def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: Pa
         page.view(fmt.tokens_per_page, -1)[unused] = POISON
         return
     sections = page[: 2 * fmt.section_bytes].view(2, -1)
-    if fmt.quantised:
+    if fmt.quantized:
         bits = unused * (2**fmt.bits - 1)
         by_dimension = bits.expand(1, fmt.rank, -1).to(torch.uint8)
         sections[0] |= pack_rows(by_dimension, fmt).flatten()

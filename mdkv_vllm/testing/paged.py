@@ -13,10 +13,10 @@ def paged(cache: torch.Tensor, block_size: int) -> PagedTokens:
     layers, _, heads, tokens, size = cache.shape
     needed = -(-tokens // block_size)
     shape = needed + 3, layers * heads, block_size, 2 * size
-    arena = torch.full(shape, torch.nan, dtype=cache.dtype, device=cache.device)
+    kv_cache = torch.full(shape, torch.nan, dtype=cache.dtype, device=cache.device)
     blocks = torch.randperm(needed + 3)[:needed].to(cache.device)
     padded = torch.full((layers, 2, heads, needed * block_size, size), torch.nan).to(cache)
     padded[:, :, :, :tokens] = cache
     slots = padded.unflatten(3, (needed, block_size)).permute(3, 0, 2, 4, 1, 5)
-    arena[blocks] = slots.reshape(needed, *shape[1:])
-    return PagedTokens(arena, blocks.int(), tokens, heads)
+    kv_cache[blocks] = slots.reshape(needed, *shape[1:])
+    return PagedTokens(kv_cache, blocks.int(), tokens, heads)

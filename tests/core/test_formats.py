@@ -30,7 +30,7 @@ names = st.sampled_from(["full", "r4", "r8", "r16", "i8", "i4", "i2", "r16i8", "
 @given(geometries, names)
 def test_tokens_fit_the_page_and_one_more_would_not(geometry, name):
     fmt = parse_format(name, geometry)
-    scale = 4 if fmt.quantised else 0
+    scale = 4 if fmt.quantized else 0
     used = 2 * fmt.section_bytes + scale * fmt.tokens_per_page
     assert fmt.used_bytes == used <= geometry.page_bytes
     one_more_byte_row = 2 * fmt.rank * fmt.bits / 8 + scale

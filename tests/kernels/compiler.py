@@ -28,7 +28,7 @@ KERNELS = {
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 _POINTERS = {
-    "arena": "u8",
+    "cache": "u8",
     "block_table": "i32",
     "query_rows": "i32",
     "lengths": "i32",

@@ -107,13 +107,13 @@ class Case(leases.Case):
 
     def decode(self, query, layer, query_rows, lengths, scale, output, lse):
         setting = DecodeConfig(
-            self.arena, self.layout, self.model.group, self.calibrated, scale, len(query)
+            self.kv_cache, self.layout, self.model.group, self.calibrated, scale, len(query)
         )
         batch = DecodeBatch(self.block_table, query_rows, lengths, self.leases)
         *results, recent = self.runner.attend(
             setting, query, layer, batch, output, lse, **self.options
         )
-        for written, result in zip((output, lse, self.arena), results, strict=True):
+        for written, result in zip((output, lse, self.kv_cache), results, strict=True):
             if result is not written:
                 written.copy_(result)
         assert torch.equal(recent, query)

@@ -10,8 +10,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def layer_view(dtype: torch.dtype, blocks: int, heads: int, block_size: int, head_size: int):
     """One layer of a cache in which all layers of a block are contiguous."""
-    arena = torch.full((blocks, 3 * heads, block_size, 2 * head_size), torch.nan, dtype=dtype)
-    return arena, arena[:, heads : 2 * heads]
+    kv_cache = torch.full((blocks, 3 * heads, block_size, 2 * head_size), torch.nan, dtype=dtype)
+    return kv_cache, kv_cache[:, heads : 2 * heads]
 
 
 def slots_for(tokens: int, limit: int) -> torch.Tensor:
@@ -26,13 +26,13 @@ def slots_for(tokens: int, limit: int) -> torch.Tensor:
 def test_store(dtype: torch.dtype, cache_dtype: torch.dtype, tokens: int, head_size: int):
     torch.manual_seed(tokens)
     blocks, heads, block_size = 7, 3, 16
-    arena, view = layer_view(cache_dtype, blocks, heads, block_size, head_size)
+    kv_cache, view = layer_view(cache_dtype, blocks, heads, block_size, head_size)
     # Slices of one fused projection, as models pass them.
     fused = torch.randn(tokens, 4 * heads * head_size).to(dtype)
     key = fused[:, : heads * head_size].view(tokens, heads, head_size)
     value = fused[:, -heads * head_size :].view(tokens, heads, head_size)
     slots = slots_for(tokens, blocks * block_size)
-    expected = arena.clone()
+    expected = kv_cache.clone()
     for t in range(tokens):
         block, offset = divmod(int(slots[t]), block_size)
         if slots[t] >= 0:
@@ -40,7 +40,7 @@ def test_store(dtype: torch.dtype, cache_dtype: torch.dtype, tokens: int, head_s
                 cache_dtype
             )
     store_kv(key, value, view, slots)
-    torch.testing.assert_close(arena, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(kv_cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -65,8 +65,8 @@ def test_rounds_like_torch(dtype: torch.dtype):
 def test_load(dtype: torch.dtype, cache_dtype: torch.dtype, index_dtype: torch.dtype, tokens: int):
     torch.manual_seed(tokens)
     blocks, heads, block_size, head_size = 9, 2, 16, 72
-    arena, view = layer_view(cache_dtype, blocks, heads, block_size, head_size)
-    arena.copy_(torch.randn(arena.shape))
+    kv_cache, view = layer_view(cache_dtype, blocks, heads, block_size, head_size)
+    kv_cache.copy_(torch.randn(kv_cache.shape))
     ids = torch.randperm(blocks)[:5].to(index_dtype)
     keys = torch.full((heads, tokens, head_size), torch.nan, dtype=dtype)
     values = torch.full((heads, tokens + 2, head_size), torch.nan, dtype=dtype)[:, 2:]

@@ -37,21 +37,21 @@ def test_long_request_is_split_over_threads():
 @pytest.mark.skipif(sys.platform != "linux", reason="needs mprotect")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("head_size", "block_size"), [(64, 16), (32, 8), (72, 16), (128, 32)])
-def test_reads_nothing_past_the_arena(dtype: torch.dtype, head_size: int, block_size: int):
-    """Kernels read whole vectors; the page behind the arena here would stop the process."""
+def test_reads_nothing_past_the_kv_cache(dtype: torch.dtype, head_size: int, block_size: int):
+    """Kernels read whole vectors; the page behind the cache here would stop the process."""
     names = ("r4", "r8i4", "i8", "i4", "i2", "full")
     model = Model(names, head_size, dtype=dtype, block_size=block_size)
     blocks = model.layout().min_blocks + 4
     case = Case(RUNNER, model, [Request(blocks, 48), Request(blocks, 3, fill=1.0)])
-    size = -(-case.arena.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = -(-case.kv_cache.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     region = mmap.mmap(-1, size + mmap.PAGESIZE)
     raw = torch.frombuffer(region, dtype=torch.uint8)
     protect = ctypes.CDLL(None).mprotect
     assert protect(ctypes.c_void_p(raw.data_ptr() + size), mmap.PAGESIZE, 0) == 0
-    guarded = raw[size - case.arena.nbytes : size].view(dtype).view(case.arena.shape)
-    case.arena = guarded.copy_(case.arena)
+    guarded = raw[size - case.kv_cache.nbytes : size].view(dtype).view(case.kv_cache.shape)
+    case.kv_cache = guarded.copy_(case.kv_cache)
     for block in case.block_table[case.block_table >= 0].tolist():
-        case.swap_blocks(block, case.arena.shape[0] - 1)
+        case.swap_blocks(block, case.kv_cache.shape[0] - 1)
         case.check([0, 1], case.totals)
     protect(ctypes.c_void_p(raw.data_ptr() + size), mmap.PAGESIZE, 3)
 
@@ -73,7 +73,7 @@ def decode_one(case: Case, **changes: torch.Tensor) -> None:
     }
     others |= {name: value for name, value in changes.items() if name in others}
     changed = {name: value for name, value in changes.items() if name not in others}
-    setting = DecodeConfig(case.arena, case.layout, model.group, case.calibrated, 1.0, 1)
+    setting = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 1)
     CpuDecode(setting).attend(
         others["query"], 0, replace(batch, **changed), others["output"], others["lse"]
     )
@@ -104,7 +104,7 @@ def test_wrong_arguments_are_named(name: str, value: torch.Tensor | int):
 def test_corrupt_page_table_is_refused():
     case = Case(RUNNER, Model(), [Request(4, 5)])
     first = case.block_table[0, case.leases[0, 0]].long()
-    case.arena[first].view(torch.uint8).view(-1)[:8] = 0x7F
+    case.kv_cache[first].view(torch.uint8).view(-1)[:8] = 0x7F
     with pytest.raises(RuntimeError, match="page table of row 0"):
         decode_one(case)
 

@@ -36,11 +36,11 @@ def test_any_number_of_warps(runner, programs):
 def weigh_pages(case, layer, weights):
     """Weights of the pages that a layer reads, 0 of all others: ``[blocks, pages per block]``."""
     model, layout = case.model, case.layout
-    weighed = torch.zeros(case.arena.shape[:2], dtype=torch.int32)
+    weighed = torch.zeros(case.kv_cache.shape[:2], dtype=torch.int32)
     for row, (first, tail) in enumerate(case.leases.tolist()):
         blocks = case.block_table[row]
         if tail > first:
-            table = case.arena[blocks[first]].view(torch.uint8).flatten()
+            table = case.kv_cache[blocks[first]].view(torch.uint8).flatten()
             table = table[: 4 * math.prod(layout.table_shape)].view(torch.int32)
             lists = table.view(layout.table_shape)[layer].tolist()
             lease = torch.zeros(tail - first, layout.pages_per_block, dtype=torch.int32)
@@ -64,7 +64,7 @@ def test_shares_weigh_the_same(runner, programs):
     lengths = torch.tensor(case.totals, dtype=torch.int32)
     rows = torch.arange(5, dtype=torch.int32)
     batch = DecodeBatch(case.block_table, rows, lengths, case.leases)
-    setting = DecodeConfig(case.arena, case.layout, model.group, case.calibrated, 1.0, 5)
+    setting = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 5)
     output, lse = torch.empty(5, 6, 64), torch.empty(5, 6)
     call = setting, case.query(5, 6, 64), 1, batch, output, lse
     owners, weights = runner.process.submit(host.shares, {"programs": programs}, *call).result()

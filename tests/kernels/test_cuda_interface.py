@@ -45,7 +45,7 @@ def arguments(block_size=16):
     query = case.query(2, 6, 64)
     return case, Arguments(
         query,
-        case.arena,
+        case.kv_cache,
         0,
         case.block_table,
         torch.tensor([0, 1], dtype=torch.int32),

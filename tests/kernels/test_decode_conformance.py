@@ -139,7 +139,7 @@ def test_extreme_scales(runner):
     case = Case(runner, Model(names=("i8",), kv_heads=1, layers=1, group=1), [Request(8, 3)])
     fmt = case.layout.formats.formats[0]
     for power, block in zip((-126, -60, -9, 0, 9, 60), case.block_table[0, 4:], strict=False):
-        page = case.arena[int(block)].view(torch.uint8).flatten()
+        page = case.kv_cache[int(block)].view(torch.uint8).flatten()
         scales = page[fmt.scales_offset + 2 * fmt.tokens_per_page :][: 2 * fmt.tokens_per_page]
         scales.view(torch.bfloat16)[:] = 2.0**power
     case.check([0], case.totals, layer=0)
@@ -147,13 +147,13 @@ def test_extreme_scales(runner):
 
 def test_large_scores_do_not_overflow(runner):
     case = Case(runner, Model(query_dtype=FP32), [Request(8, 50)])
-    case.arena[case.block_table[0, -1].long(), :, :2] *= 60
+    case.kv_cache[case.block_table[0, -1].long(), :, :2] *= 60
     case.check([0], case.totals)
 
 
 def test_nan_is_not_hidden(runner):
     case = Case(runner, Model(), [Request(0, 50)])
-    case.arena[case.block_table[0, 0].long(), 0, 3] = torch.nan
+    case.kv_cache[case.block_table[0, 0].long(), 0, 3] = torch.nan
     output, _ = case.outputs([0], case.totals)
     assert output[:, : case.model.group].isnan().all()
     assert not output[:, case.model.group :].isnan().any()

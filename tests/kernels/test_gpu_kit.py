@@ -69,7 +69,7 @@ def read_both(module, made, index=0):
     """Attention of one set by one of the two references."""
     return module.mixed_decode(
         made.queries[index],
-        made.arena,
+        made.kv_cache,
         0,
         made.layout,
         made.block_table,
@@ -90,7 +90,7 @@ def test_inputs_are_leases(holding):
         assert expected[0].isfinite().all()
     used = made.block_table[made.block_table >= 0]
     assert len(used) == len(used.unique())
-    assert int(used.max()) < len(made.arena)
+    assert int(used.max()) < len(made.kv_cache)
 
 
 @pytest.mark.parametrize("holding", HOLDINGS, ids=by_name)
@@ -104,7 +104,7 @@ def test_bytes_are_those_of_the_pages_listed(holding):
         listed += (int(made.lengths[0]) - tail * geometry.block_size) * slot * layout.num_kv_heads
         if not tail:
             continue
-        pages = specification.lease_pages(made.arena, made.block_table[row, first:tail])
+        pages = specification.lease_pages(made.kv_cache, made.block_table[row, first:tail])
         table = specification.read_page_table(pages, layout)[0]
         for lists in table.tolist():
             for fmt, (tokens, _) in zip(layout.formats.formats, lists, strict=True):
@@ -116,7 +116,7 @@ def test_bytes_are_those_of_the_pages_listed(holding):
                     * fmt.rank
                     // (8 * geometry.dtype.itemsize * geometry.head_size)
                 )
-                listed += 4 * tokens if fmt.quantised else 0
+                listed += 4 * tokens if fmt.quantized else 0
     assert made.kv_bytes == listed
     assert made.kv_bytes < made.moved_bytes
     if holding.kind != "full":
@@ -144,7 +144,7 @@ def test_a_long_context_takes_its_budget(heads, holding):
 def test_poison_where_no_list_is():
     made = build(loads.Holding("mixed", 0.5))
     first, tail = made.leases[0].tolist()
-    pages = specification.lease_pages(made.arena, made.block_table[0, first:tail])
+    pages = specification.lease_pages(made.kv_cache, made.block_table[0, first:tail])
     table = specification.read_page_table(pages, made.layout)[0]
     last_format = made.layout.formats.formats[-1]
     tokens, start = table[-1, -1].tolist()
@@ -158,7 +158,7 @@ def test_reference_is_the_specification(prompt_rank):
     case = leases.Case(model, [*ragged(model.layout().min_blocks + 2), Request(6, 1, fill=0.0)])
     rows = torch.arange(6, dtype=torch.int32)
     lengths = torch.tensor(case.totals, dtype=torch.int32)
-    arguments = (case.arena, 1, case.layout, case.block_table, rows, lengths, case.leases)
+    arguments = (case.kv_cache, 1, case.layout, case.block_table, rows, lengths, case.leases)
     query = case.randn(6, 6, 64)
     expected = specification.mixed_decode(query, *arguments, case.calibrated, 0.125)
     got = reference.mixed_decode(query, *arguments, case.calibrated, 0.125)
@@ -386,11 +386,11 @@ def test_layers_of_a_block_hold_the_same():
     """Each call reads its own layer, of as many bytes as a layer by itself."""
     many = replace(LOAD, layers=3)
     made, alone = build(loads.Holding("mixed", 0.5), many), build(loads.Holding("mixed", 0.5))
-    assert made.arena.shape[1] == 3 * alone.arena.shape[1]
+    assert made.kv_cache.shape[1] == 3 * alone.kv_cache.shape[1]
     assert made.kv_bytes == pytest.approx(alone.kv_bytes, rel=0.1)
     for layer in range(3):
         arguments = (
-            made.arena, layer, made.layout, made.block_table, made.query_rows[1], made.lengths,
+            made.kv_cache, layer, made.layout, made.block_table, made.query_rows[1], made.lengths,
             made.leases, made.basis, 0.125,
         )  # fmt: skip
         got = reference.mixed_decode(made.queries[1], *arguments)

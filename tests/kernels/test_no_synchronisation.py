@@ -79,8 +79,8 @@ def compress(names, kernels, by_head=False, mode=None, layers=LAYERS):
     basis = Basis(*torch.rand(2, layers, HEADS, SIZE, 16)) if formats.uses_basis else None
     budgets = HeadBudgets(torch.rand(layers, HEADS), 0.67) if by_head else None
     compressor = Compressor(layout, LOSSES["hybrid"], 0.125, basis, budgets, kernels)
-    arena = torch.empty(40, layers * HEADS, 16, 2 * SIZE, device=DEVICE, dtype=torch.bfloat16)
-    tokens = PagedTokens(arena, torch.empty(40, device=DEVICE).int(), TOKENS, HEADS)
+    kv_cache = torch.empty(40, layers * HEADS, 16, 2 * SIZE, device=DEVICE, dtype=torch.bfloat16)
+    tokens = PagedTokens(kv_cache, torch.empty(40, device=DEVICE).int(), TOKENS, HEADS)
     queries = torch.empty(layers, HEADS * GROUP, WINDOW, SIZE, device=DEVICE)
     with mock.patch.object(JITFunction, "run", return_value=None) as run:
         compressor.compress(tokens, queries, plan)

@@ -103,7 +103,7 @@ def scores(kernel, shape, capability, candidate=-1, test=check, **options):
     constants = Tiles.of(geometry, only).options(64)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     constants |= {"SHAPE": shape, "CANDIDATE": candidate, "CAUSAL": True}
-    options |= {"arena": NAMES[geometry.dtype], "hadamard": NAMES[geometry.dtype]}
+    options |= {"cache": NAMES[geometry.dtype], "hadamard": NAMES[geometry.dtype]}
     options["queries"] = NAMES[shape.query_dtype]
     return test(kernel, constants, capability, warps, stages, **options)
 
@@ -122,7 +122,7 @@ def test_window(kernel, size, dtype, capability):
     if Tiles.of(PageGeometry(16, size, dtype)).tokens >= 64:
         assert MATRIX_INSTRUCTION[capability] in made.ptx
         # Though the addresses of tokens come from a table.
-        assert made.load_widths(Path(paged.__file__), "tl.load(arena + offsets") <= {128}
+        assert made.load_widths(Path(paged.__file__), "tl.load(cache + offsets") <= {128}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -162,7 +162,11 @@ def test_pack(size, names, capability):
     for index in range(len(names)):
         constants = {"LIST": PackShape.of(shape, index), "FORMAT": index, "FORMATS": len(names)}
         check(
-            pack_list_page, constants | {"SHAPE": shape}, capability, arena="bf16", hadamard="bf16"
+            pack_list_page,
+            constants | {"SHAPE": shape},
+            capability,
+            cache="bf16",
+            hadamard="bf16",
         )
 
 

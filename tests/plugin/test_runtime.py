@@ -51,9 +51,9 @@ class Worker:
         config = MixedDimConfig(budget=0.4, heads="even", window=window)
         geometry = PageGeometry(BLOCK, SIZE, torch.float32)
         policy = Policy(config, geometry, LAYERS, HEADS)
-        self.arena = torch.randn(BLOCKS, LAYERS * HEADS, BLOCK, 2 * SIZE).to(device)
+        self.kv_cache = torch.randn(BLOCKS, LAYERS * HEADS, BLOCK, 2 * SIZE).to(device)
         self.queries = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE)
-        setting = DecodeConfig(self.arena, policy.layout, GROUP, None, SIZE**-0.5, 8)
+        setting = DecodeConfig(self.kv_cache, policy.layout, GROUP, None, SIZE**-0.5, 8)
         compressor = Compressor(
             policy.layout,
             LOSSES[config.loss],
@@ -68,7 +68,7 @@ class Worker:
             compressor,
             kernel or CpuDecode(setting),
             SdpaPrefill(),
-            self.arena,
+            self.kv_cache,
             HEADS * GROUP,
             torch.float32,
             StepLimits(512, 8, graph_tokens),
@@ -104,7 +104,7 @@ class Worker:
         outputs = []
         for layer in range(LAYERS):
             output = torch.full_like(query[layer], torch.nan)
-            view = self.arena[:, layer * HEADS : (layer + 1) * HEADS]
+            view = self.kv_cache[:, layer * HEADS : (layer + 1) * HEADS]
             self.runtime.attend(view, query[layer], None, None, metadata, SIZE**-0.5, output)
             outputs.append(output)
         return outputs
@@ -131,7 +131,7 @@ class Worker:
         plan = self.runtime.policy.plan(PROMPT, None)
         row = self.batch_ids.index("a")
         blocks = self.table[row, plan.first_lease_block : plan.tail_block].long()
-        return self.arena[blocks].view(torch.uint8)
+        return self.kv_cache[blocks].view(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +232,13 @@ def test_rehearsals_touch_no_prompt():
 @pytest.mark.parametrize(("finished", "preempted"), [({"a"}, set()), (set(), {"a"})])
 def test_who_is_gone_is_not_compressed(finished, preempted):
     worker = Worker()
-    before = worker.arena.clone()
+    before = worker.kv_cache.clone()
     with worker.runtime.step(set(), set(), [REQUEST]):
         metadata = worker.runtime.begin_step(worker.batch(["a"], [PROMPT], [PROMPT]))
         worker.forward(metadata, worker.queries[:, :PROMPT])
     with worker.runtime.step(finished, preempted, []):
         pass
-    assert torch.equal(worker.arena, before)
+    assert torch.equal(worker.kv_cache, before)
 
 
 def test_nothing_on_the_device_is_read():
@@ -264,7 +264,7 @@ def test_nothing_on_the_device_is_read():
 
 def test_warm_up_runs_every_kernel_and_leaves_the_cache_alone():
     worker = Worker(graph_tokens=4)
-    before = worker.arena.clone()
+    before = worker.kv_cache.clone()
     seen = []
     attend, compress = worker.runtime._decode.attend, Compressor.compress
     worker.runtime._decode.attend = lambda *args, recent=None: (
@@ -277,7 +277,7 @@ def test_warm_up_runs_every_kernel_and_leaves_the_cache_alone():
     # Up to the largest graph, with the queries kept as well.
     decodes = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True), (8, False)]
     assert seen == [*decodes, worker.runtime.policy.plan(PROMPT, None)]
-    assert torch.equal(worker.arena, before)
+    assert torch.equal(worker.kv_cache, before)
 
 
 def test_windows_of_all_prompts_that_may_end_at_once():

@@ -40,7 +40,7 @@ import mdkv_vllm.plugin.prefill.choose
 import mdkv_vllm.plugin.prefill.sdpa
 import mdkv_vllm.policy
 from mdkv_vllm.kernels.registry import compression_kernels
-from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.kv_cache import load_tokens
 
 compression_kernels("auto", torch.device("cuda"))
 cache = torch.empty(4, 2, 16, 128, device="meta")

@@ -20,14 +20,14 @@ def find_request(query_rows, lengths, leases, index):
 
 
 @triton.jit
-def lease_page(arena, blocks, first_block, page, SHAPE: tl.constexpr):
+def lease_page(cache, blocks, first_block, page, SHAPE: tl.constexpr):
     """Address of a lease's page.
 
     Args:
-        arena: pointer to uint8.
+        cache: pointer to uint8.
         blocks: pointer to the request's int32 row of the block table.
         first_block: where the lease starts in that row.
         page: number of the page in the lease, of any shape.
     """
     block = tl.load(blocks + first_block + page // SHAPE.pages_per_block).to(tl.int64)
-    return arena + (block * SHAPE.pages_per_block + page % SHAPE.pages_per_block) * SHAPE.page_bytes
+    return cache + (block * SHAPE.pages_per_block + page % SHAPE.pages_per_block) * SHAPE.page_bytes

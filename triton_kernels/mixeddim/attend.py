@@ -80,7 +80,7 @@ def attend_split(
     query_stride,
     head_stride,
     rotated,
-    arena,
+    cache,
     block_table,
     table_stride,
     query_rows,
@@ -99,7 +99,7 @@ def attend_split(
     Args:
         query: ``[queries, q_heads, head_size]``, strides of the first two in elements.
         rotated: float32 ``[queries, q_heads, rotated_width]``, from ``rotate_queries``.
-        arena: uint8 of the whole cache, 16-byte aligned.
+        cache: uint8 of the whole cache, 16-byte aligned.
         block_table: int32 ``[rows, blocks]``, stride of the first in elements.
         query_rows: int32 ``[queries]``.
         lengths: int32 ``[queries]``.
@@ -125,7 +125,7 @@ def attend_split(
 
     # A page table never spans blocks, and a block's pages are contiguous.
     lease = tl.load(blocks + first_block, mask=leased, other=0).to(tl.int64)
-    table = (arena + lease * (SHAPE.pages_per_block * SHAPE.page_bytes)).to(
+    table = (cache + lease * (SHAPE.pages_per_block * SHAPE.page_bytes)).to(
         tl.pointer_type(tl.int32)
     ) + head_of_model * (2 * LISTS)
     tail_tokens = tl.maximum(length - tail_block * SHAPE.block_size, 0)
@@ -155,7 +155,7 @@ def attend_split(
             if SHAPE.parts[f].in_slots:
                 maximum, weights, values = attend_slots(
                     rows,
-                    arena,
+                    cache,
                     blocks,
                     first_block,
                     first_page,
@@ -167,10 +167,10 @@ def attend_split(
                     SHAPE,
                     STAGES,
                 )
-            elif SHAPE.parts[f].quantised:
+            elif SHAPE.parts[f].quantized:
                 maximum, weights, values = attend_codes(
                     rows,
-                    arena,
+                    cache,
                     blocks,
                     first_block,
                     first_page,
@@ -185,7 +185,7 @@ def attend_split(
             else:
                 maximum, weights, values = attend_elements(
                     rows,
-                    arena,
+                    cache,
                     blocks,
                     first_block,
                     first_page,
@@ -207,7 +207,7 @@ def attend_split(
     if first < last:
         maximum, weights, values = attend_slots(
             load_query(plain, head_stride, turned, LISTS, SHAPE),
-            arena,
+            cache,
             blocks,
             tail_block,
             head_of_model,

@@ -129,7 +129,7 @@ class PagedGroup:
         tokens, layout = prompt.load, prompt.layout
         assert isinstance(tokens, PagedTokens), "GPU kernels read the paged cache"
         self._prompt, self._layers, self._tokens = prompt, layers, tokens
-        heads, device = layout.num_kv_heads, tokens.arena.device
+        heads, device = layout.num_kv_heads, tokens.kv_cache.device
         group = prompt.queries.shape[1] // heads
         rank = 0 if bases is None else bases.rank
         self._shape = PromptShape(layout, group, prompt.queries.dtype, prompt.loss, rank)
@@ -197,13 +197,13 @@ class PagedGroup:
         return self._prompt.scale * LOG2_E.value
 
     def _source(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._tokens.arena, self._tokens.blocks
+        return self._tokens.kv_cache, self._tokens.blocks
 
     def _spaces(self, side: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self._matrix, self._bases[side]
 
     def _floats(self, *sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, dtype=torch.float32, device=self._tokens.arena.device)
+        return torch.empty(sizes, dtype=torch.float32, device=self._tokens.kv_cache.device)
 
     def _queries(self) -> Queries:
         shape, some = self._shape, slice(self._layers.start, self._layers.stop)

@@ -61,7 +61,7 @@ def sum_parts(
 def merge_parts(
     part_out,
     part_lse,
-    arena,
+    cache,
     block_table,
     table_stride,
     query_rows,
@@ -140,7 +140,7 @@ def merge_parts(
         row, _, first_block, tail_block = find_request(query_rows, lengths, leases, index)
         basis = load_basis(
             basis_values,
-            arena,
+            cache,
             block_table + row * table_stride,
             first_block,
             tail_block,

@@ -20,7 +20,7 @@ import triton.language as tl
 from .elements import store_elements
 from .paged import key_offsets, load_rows, matrix_of, rotated_rows
 from .prompt_shape import CandidateShape, PromptShape, SpaceShape, gaussian_step
-from .quantise import byte_of, quantise_rows, tile_vectors
+from .quantize import byte_of, quantize_rows, tile_vectors
 from .shapes import KernelConstant, ListShape, padded
 from .window_kernels import page_of
 
@@ -56,25 +56,25 @@ class PackShape(ListShape, KernelConstant):
 
     @property
     def step(self) -> float:
-        """First step of the quantiser."""
+        """First step of the quantizer."""
         return gaussian_step(self.bits)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of a page in use; zeros follow."""
-        scales = 4 * self.tokens_per_page if self.quantised else 0
+        scales = 4 * self.tokens_per_page if self.quantized else 0
         return 2 * self.section_bytes + scales
 
 
 @triton.jit
 def load_slots(
-    arena, blocks, layer_page, tokens, slot, valid, count, matrix, column, wanted,
+    cache, blocks, layer_page, tokens, slot, valid, count, matrix, column, wanted,
     LIST: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Vectors of some slots of a page in the list's space, and which of them hold a token.
 
     Args:
-        arena: the cache, as elements; of values, ``dims`` further.
+        cache: the cache, as elements; of values, ``dims`` further.
         blocks: pointer to the prompt's int32 blocks.
         layer_page: of the layer and head, in every block.
         tokens: pointer to the int32 tokens of the page.
@@ -90,17 +90,25 @@ def load_slots(
     offsets = key_offsets(blocks, layer_page, token, held, SHAPE)
     SPACE: tl.constexpr = LIST.space
     if SPACE.moves:
-        rows = rotated_rows(arena, offsets, held, matrix, column, wanted, SPACE)
-        if not LIST.quantised:
+        rows = rotated_rows(cache, offsets, held, matrix, column, wanted, SPACE)
+        if not LIST.quantized:
             rows *= SPACE.norm
     else:
-        rows = load_rows(arena, offsets, held, 0, LIST.rank, LIST.padded_rank).to(tl.float32)
+        rows = load_rows(cache, offsets, held, 0, LIST.rank, LIST.padded_rank).to(tl.float32)
     return rows, held
 
 
 @triton.jit
 def pack_key_codes(
-    arena, blocks, layer_page, tokens, count, matrix, page, LIST: tl.constexpr, SHAPE: tl.constexpr
+    cache,
+    blocks,
+    layer_page,
+    tokens,
+    count,
+    matrix,
+    page,
+    LIST: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Write the K codes and scales of a page; arguments as for :func:`load_slots`.
 
@@ -122,10 +130,10 @@ def pack_key_codes(
         slot = field * LIST.key_row + byte
         valid = byte < LIST.key_row
         x, held = load_slots(
-            arena, blocks, layer_page, tokens, slot, valid, count, matrix, column_dim, wanted, LIST,
+            cache, blocks, layer_page, tokens, slot, valid, count, matrix, column_dim, wanted, LIST,
             SHAPE,
         )  # fmt: skip
-        codes, scale = quantise_rows(
+        codes, scale = quantize_rows(
             x, dim < LIST.rank, LIST.space.norm, LIST.rank, LIST.bits, LIST.step
         )
         tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
@@ -139,7 +147,15 @@ def pack_key_codes(
 
 @triton.jit
 def pack_value_codes(
-    arena, blocks, layer_page, tokens, count, matrix, page, LIST: tl.constexpr, SHAPE: tl.constexpr
+    cache,
+    blocks,
+    layer_page,
+    tokens,
+    count,
+    matrix,
+    page,
+    LIST: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """Write the V codes and scales of a page; arguments as for :func:`load_slots`.
 
@@ -159,10 +175,10 @@ def pack_value_codes(
         slot = first + tl.arange(0, TOKENS)
         valid = slot < LIST.tokens_per_page
         x, held = load_slots(
-            arena + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, matrix,
+            cache + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, matrix,
             field * LIST.value_row + byte, wanted, LIST, SHAPE,
         )  # fmt: skip
-        codes, scale = quantise_rows(x, exists, LIST.space.norm, LIST.rank, LIST.bits, LIST.step)
+        codes, scale = quantize_rows(x, exists, LIST.space.norm, LIST.rank, LIST.bits, LIST.step)
         tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
         weight = (1 << (field * LIST.bits))[None, :].to(tl.float32)
         codes = codes * tl.where(held[:, None], weight, 0.0)
@@ -174,7 +190,7 @@ def pack_value_codes(
 
 @triton.jit
 def pack_elements(
-    arena, blocks, layer_page, tokens, count, key_matrix, value_matrix, page, LIST: tl.constexpr,
+    cache, blocks, layer_page, tokens, count, key_matrix, value_matrix, page, LIST: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Write a page of elements of the cache's type; arguments as for :func:`load_slots`."""
@@ -194,12 +210,12 @@ def pack_elements(
             key_at = dim * CAPACITY + slot[:, None]
             value_at = (CAPACITY + slot)[:, None] * LIST.rank + dim
         x, _ = load_slots(
-            arena, blocks, layer_page, tokens, slot, valid, count, key_matrix, column, wanted, LIST,
+            cache, blocks, layer_page, tokens, slot, valid, count, key_matrix, column, wanted, LIST,
             SHAPE,
         )  # fmt: skip
         store_elements(page, key_at, x, mask, LIST.element)
         x, _ = load_slots(
-            arena + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, value_matrix,
+            cache + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, value_matrix,
             column, wanted, LIST, SHAPE,
         )  # fmt: skip
         store_elements(page, value_at, x, mask, LIST.element)
@@ -207,14 +223,14 @@ def pack_elements(
 
 @triton.jit(do_not_specialize=["first_layer", "span", "num_pages"])
 def pack_list_page(
-    arena, blocks, hadamard, key_basis, value_basis, first_layer, order, table, span, pages,
+    cache, blocks, hadamard, key_basis, value_basis, first_layer, order, table, span, pages,
     num_pages, LIST: tl.constexpr, FORMAT: tl.constexpr, FORMATS: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Make one page of one format. Grid: pages that the longest list may have, rows.
 
     Args:
-        arena: the cache, as elements.
+        cache: the cache, as elements.
         blocks: int32, of the prompt.
         hadamard: see :func:`.paged.matrix_of`; ``key_basis`` and ``value_basis`` as well.
         order: int32 ``[rows, FORMATS, span]``, see :func:`.place.order_tokens`.
@@ -235,14 +251,14 @@ def pack_list_page(
         layer_page = page_of(first_layer, row, SHAPE)
         key_matrix = matrix_of(hadamard, key_basis, row, SPACE)
         value_matrix = matrix_of(hadamard, value_basis, row, SPACE)
-        if LIST.quantised:
-            pack_key_codes(arena, blocks, layer_page, tokens, count, key_matrix, page, LIST, SHAPE)
+        if LIST.quantized:
+            pack_key_codes(cache, blocks, layer_page, tokens, count, key_matrix, page, LIST, SHAPE)
             pack_value_codes(
-                arena, blocks, layer_page, tokens, count, value_matrix, page, LIST, SHAPE
+                cache, blocks, layer_page, tokens, count, value_matrix, page, LIST, SHAPE
             )
         else:
             pack_elements(
-                arena, blocks, layer_page, tokens, count, key_matrix, value_matrix, page, LIST,
+                cache, blocks, layer_page, tokens, count, key_matrix, value_matrix, page, LIST,
                 SHAPE,
             )  # fmt: skip
         for start in range(LIST.used_bytes, LIST.page_bytes, 128):

@@ -38,11 +38,11 @@ def key_offsets(blocks, page, token, exists, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(arena, offsets, exists, start, DIMS: tl.constexpr, CHUNK: tl.constexpr):
+def load_rows(cache, offsets, exists, start, DIMS: tl.constexpr, CHUNK: tl.constexpr):
     """Dimensions ``start ..`` of vectors of the cache: ``[vectors, CHUNK]``, zero outside."""
     dim = start + tl.arange(0, CHUNK)
     mask = exists[:, None] & (dim < DIMS)[None, :]
-    return tl.load(arena + offsets[:, None] + dim[None, :], mask=mask, other=0)
+    return tl.load(cache + offsets[:, None] + dim[None, :], mask=mask, other=0)
 
 
 @triton.jit
@@ -54,13 +54,13 @@ def load_matrix(matrix, start, column, wanted, SPACE: tl.constexpr):
 
 
 @triton.jit
-def rotated_rows(arena, offsets, exists, matrix, column, wanted, SPACE: tl.constexpr):
+def rotated_rows(cache, offsets, exists, matrix, column, wanted, SPACE: tl.constexpr):
     """Vectors of the cache in a space, over ``SPACE.norm``: float32 ``[vectors, columns]``.
 
     Whoever multiplies the result anyway multiplies by the norm as well. It is zero outside.
 
     Args:
-        arena: the cache, as elements.
+        cache: the cache, as elements.
         offsets: where the vectors start.
         exists: which of them to read.
         matrix: pointer to the layer's and head's matrix, rows of ``SPACE.rank``.
@@ -71,12 +71,12 @@ def rotated_rows(arena, offsets, exists, matrix, column, wanted, SPACE: tl.const
     PADDED: tl.constexpr = SPACE.padded_dims
     CHUNK: tl.constexpr = SPACE.chunk
     if CHUNK == PADDED:
-        left = load_rows(arena, offsets, exists, 0, SPACE.dims, CHUNK)
+        left = load_rows(cache, offsets, exists, 0, SPACE.dims, CHUNK)
         right = load_matrix(matrix, 0, column, wanted, SPACE)
         total = product(left, right, total, SPACE.operand)
     else:
         for start in tl.range(0, PADDED, CHUNK, num_stages=2):
-            left = load_rows(arena, offsets, exists, start, SPACE.dims, CHUNK)
+            left = load_rows(cache, offsets, exists, start, SPACE.dims, CHUNK)
             right = load_matrix(matrix, start, column, wanted, SPACE)
             total = product(left, right, total, SPACE.operand)
     return total

@@ -33,7 +33,7 @@ def value_exponent(bits):
 @triton.jit
 def attend_codes(
     query,
-    arena,
+    cache,
     blocks,
     first_block,
     first_page,
@@ -82,7 +82,7 @@ def attend_codes(
     for tile in tl.range(first * LIST.chunks, last * LIST.chunks, num_stages=STAGES):
         number = tile // LIST.chunks
         start = tile % LIST.chunks * BYTES
-        page = lease_page(arena, blocks, first_block, first_page + number, SHAPE)
+        page = lease_page(cache, blocks, first_block, first_page + number, SHAPE)
         scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16))
         packed_keys = load_byte_rows(page, start, PART, SHAPE)
         # Every field of K's bytes is a run of tokens. All are loaded before any is used.
@@ -131,7 +131,7 @@ def attend_codes(
 @triton.jit
 def attend_elements(
     query,
-    arena,
+    cache,
     blocks,
     first_block,
     first_page,
@@ -157,7 +157,7 @@ def attend_elements(
     for tile in tl.range(first * LIST.chunks, last * LIST.chunks, num_stages=STAGES):
         number = tile // LIST.chunks
         in_page = tile % LIST.chunks * COLUMNS + column
-        page = lease_page(arena, blocks, first_block, first_page + number, SHAPE)
+        page = lease_page(cache, blocks, first_block, first_page + number, SHAPE)
         page = page.to(tl.pointer_type(LIST.element))
         exists = (in_page < CAPACITY) & (number * CAPACITY + in_page < num_tokens)
         keys = tl.load(
@@ -178,7 +178,7 @@ def attend_elements(
 @triton.jit
 def attend_slots(
     query,
-    arena,
+    cache,
     blocks,
     first_block,
     first_page,
@@ -211,10 +211,10 @@ def attend_slots(
         exists = token < end
         number = tl.minimum(token, end - 1) // BLOCK_SIZE
         if PART < SHAPE.num_lists:  # a list, whose pages follow one another
-            page = lease_page(arena, blocks, first_block, first_page + number, SHAPE)
+            page = lease_page(cache, blocks, first_block, first_page + number, SHAPE)
         else:
             block = tl.load(blocks + first_block + number).to(tl.int64)
-            page = arena + (block * SHAPE.pages_per_block + first_page) * SHAPE.page_bytes
+            page = cache + (block * SHAPE.pages_per_block + first_page) * SHAPE.page_bytes
         slots = page.to(tl.pointer_type(LIST.element)) + token % BLOCK_SIZE * (2 * LIST.rank)
         mask = exists[:, None] & (dim < LIST.rank)[None, :]
         keys = tl.load(slots[:, None] + dim[None, :], mask=mask, other=0)

@@ -10,14 +10,14 @@ import triton.language as tl
 from mdkv_vllm.core.formats import PageFormat, PageGeometry, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import Loss
-from mdkv_vllm.core.quantise import _GAUSSIAN_STEP
+from mdkv_vllm.core.quantize import _GAUSSIAN_STEP
 
 from .elements import element_type
 from .shapes import KernelConstant, padded
 
 
 def gaussian_step(bits: int) -> float:
-    """First step of the quantiser for vectors of unit variance; 0 where none is used."""
+    """First step of the quantizer for vectors of unit variance; 0 where none is used."""
     return _GAUSSIAN_STEP.get(bits, 0.0)
 
 
@@ -120,9 +120,9 @@ class CandidateShape(KernelConstant):
         return padded(self.rank)
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether elements are codes."""
-        return self.format.quantised
+        return self.format.quantized
 
     @property
     def bits(self) -> int:
@@ -131,7 +131,7 @@ class CandidateShape(KernelConstant):
 
     @property
     def step(self) -> float:
-        """First step of the quantiser."""
+        """First step of the quantizer."""
         return gaussian_step(self.bits)
 
     @property
@@ -142,12 +142,12 @@ class CandidateShape(KernelConstant):
     @property
     def in_hadamard(self) -> bool:
         """Whether it is codes of whole vectors."""
-        return self.quantised and not self.space.in_basis
+        return self.quantized and not self.space.in_basis
 
     @property
     def splits_queries(self) -> bool:
         """Whether scores are two products in float16: codes are exact in it, and a query in two."""
-        return self.quantised and self.geometry.dtype != torch.float32
+        return self.quantized and self.geometry.dtype != torch.float32
 
 
 @dataclass(frozen=True, repr=False)

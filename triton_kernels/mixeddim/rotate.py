@@ -33,7 +33,7 @@ def hadamard(vector, SHAPE: tl.constexpr):
 @triton.jit
 def load_basis(
     calibrated,
-    arena,
+    cache,
     blocks,
     first_block,
     tail_block,
@@ -47,7 +47,7 @@ def load_basis(
     Args:
         calibrated: pointer to float32 ``[kv_heads, basis_rank, head_size]`` of the layer; not
             read where the basis is the prompt's own.
-        arena: pointer to uint8.
+        cache: pointer to uint8.
         blocks: pointer to the request's int32 row of the block table.
         first_block: where the lease starts in ``blocks``.
         tail_block: where the lease ends; 0 for none, and then a prompt's basis is zero.
@@ -67,7 +67,7 @@ def load_basis(
         first_page = SHAPE.basis_first_page
         first_page += (layer * SHAPE.num_kv_heads + head) * SHAPE.basis_pages_per_head
         page = tl.where(held, first_page + at // ROWS_PER_PAGE, 0)
-        address = lease_page(arena, blocks, first_block, page, SHAPE)
+        address = lease_page(cache, blocks, first_block, page, SHAPE)
         rows = address.to(tl.pointer_type(SHAPE.element)) + at % ROWS_PER_PAGE * SHAPE.head_size
     else:
         held = direction < RANK
@@ -81,7 +81,7 @@ def rotate_queries(
     query,
     query_stride,
     head_stride,
-    arena,
+    cache,
     block_table,
     table_stride,
     query_rows,
@@ -118,7 +118,7 @@ def rotate_queries(
         row, _, first_block, tail_block = find_request(query_rows, lengths, leases, index)
         basis = load_basis(
             basis_keys,
-            arena,
+            cache,
             block_table + row * table_stride,
             first_block,
             tail_block,

@@ -49,7 +49,7 @@ class ListShape(KernelConstant):
 
     Attributes:
         format: the page format.
-        element: the cache's type; also that of a format that is not quantised.
+        element: the cache's type; also that of a format that is not quantized.
     """
 
     format: PageFormat
@@ -57,7 +57,7 @@ class ListShape(KernelConstant):
 
     def __post_init__(self) -> None:
         # A tile's last word of K may end that far behind its row; it must not leave the page.
-        assert not self.quantised or self.section_bytes >= self.columns + 8
+        assert not self.quantized or self.section_bytes >= self.columns + 8
 
     @property
     def rank(self) -> int:
@@ -85,9 +85,9 @@ class ListShape(KernelConstant):
         return self.format.rotation is Rotation.BASIS
 
     @property
-    def quantised(self) -> bool:
+    def quantized(self) -> bool:
         """Whether elements are integer codes."""
-        return self.format.quantised
+        return self.format.quantized
 
     @property
     def bits(self) -> int:
@@ -140,7 +140,7 @@ class ListShape(KernelConstant):
     @property
     def dot_type(self) -> tl.dtype:
         """The type of products: float16 for codes of a 16-bit cache, see ``codes.py``."""
-        if self.quantised and self.element != tl.float32:
+        if self.quantized and self.element != tl.float32:
             return tl.float16
         return self.element
 

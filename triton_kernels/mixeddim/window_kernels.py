@@ -16,7 +16,7 @@ import triton.language as tl
 from .elements import float_of_bfloat16
 from .fast_math import exp2_flushed, reciprocal
 from .paged import key_offsets, load_rows, matrix_of, product, rotated_rows
-from .quantise import errors_in_steps, quantise_rows, scale_bits
+from .quantize import errors_in_steps, quantize_rows, scale_bits
 from .softmax import LOWEST
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -60,14 +60,14 @@ def load_queries(
 
 @triton.jit
 def exact_scores(
-    queries, first, count, arena, offsets, exists, SHAPE: tl.constexpr, TILE: tl.constexpr
+    queries, first, count, cache, offsets, exists, SHAPE: tl.constexpr, TILE: tl.constexpr
 ):
     """Scores of queries ``first ..`` over keys as they are: float32 ``[tokens, TILE]``."""
     scores = tl.zeros([offsets.shape[0], TILE], tl.float32)
     PADDED: tl.constexpr = SHAPE.padded_dims
     CHUNK: tl.constexpr = SHAPE.score_chunk
     for start in tl.static_range(0, PADDED, CHUNK):
-        keys = load_rows(arena, offsets, exists, start, SHAPE.dims, CHUNK)
+        keys = load_rows(cache, offsets, exists, start, SHAPE.dims, CHUNK)
         query = load_queries(queries, SHAPE.dims, first, count, start, SHAPE.dims, CHUNK, TILE)
         scores = product(keys, query, scores, SHAPE.score_type)
     return scores
@@ -75,7 +75,7 @@ def exact_scores(
 
 @triton.jit
 def held_keys(
-    arena, offsets, exists, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
+    cache, offsets, exists, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Keys as a format would hold them.
 
@@ -93,9 +93,9 @@ def held_keys(
     dim = tl.arange(0, FORMAT.padded_rank)
     wanted = dim < FORMAT.rank
     matrix = matrix_of(hadamard, basis, head, SPACE)
-    keys = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
-    if FORMAT.quantised:
-        codes, bits = quantise_rows(
+    keys = rotated_rows(cache, offsets, exists, matrix, dim, wanted, SPACE)
+    if FORMAT.quantized:
+        codes, bits = quantize_rows(
             keys, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
         )
         held = tl.where(wanted[None, :], codes - FORMAT.zero, 0.0)
@@ -109,13 +109,13 @@ def held_keys(
 
 
 @triton.jit
-def whole_rotated(arena, offsets, exists, hadamard, SHAPE: tl.constexpr):
+def whole_rotated(cache, offsets, exists, hadamard, SHAPE: tl.constexpr):
     """Vectors in the Hadamard space, over its norm; nothing where no candidate is in it."""
     if SHAPE.uses_hadamard:
         dim = tl.arange(0, SHAPE.padded_dims)
         wanted = dim < SHAPE.dims
         SPACE: tl.constexpr = SHAPE.hadamard
-        rows = rotated_rows(arena, offsets, exists, hadamard, dim, wanted, SPACE)
+        rows = rotated_rows(cache, offsets, exists, hadamard, dim, wanted, SPACE)
     else:
         rows = exists
     return rows
@@ -144,7 +144,15 @@ def code_errors(rows, NUMBER: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def key_operand(
-    rows, arena, offsets, exists, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
+    rows,
+    cache,
+    offsets,
+    exists,
+    hadamard,
+    basis,
+    head,
+    NUMBER: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     """What queries are multiplied by for a candidate, and the products' factor.
 
@@ -158,7 +166,7 @@ def key_operand(
         if FORMAT.splits_queries:
             operand = operand.to(tl.float16)
     else:
-        operand, factor = held_keys(arena, offsets, exists, hadamard, basis, head, NUMBER, SHAPE)
+        operand, factor = held_keys(cache, offsets, exists, hadamard, basis, head, NUMBER, SHAPE)
     return operand, factor
 
 
@@ -196,7 +204,7 @@ def held_scores(
 
 @triton.jit(do_not_specialize=["first_layer", "first_token", "last_token", "count", "first_query"])
 def query_log_sums(
-    arena, blocks, queries, rotated, halves, hadamard, basis, first_layer, first_token, last_token,
+    cache, blocks, queries, rotated, halves, hadamard, basis, first_layer, first_token, last_token,
     count, first_query, scale, log_sums, SHAPE: tl.constexpr, CANDIDATE: tl.constexpr,
     CAUSAL: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
@@ -233,11 +241,18 @@ def query_log_sums(
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
         if CANDIDATE < 0:
             scores = scale * exact_scores(
-                queries + start_of * SHAPE.dims, first, count, arena, offsets, exists, SHAPE, TILE
+                queries + start_of * SHAPE.dims,
+                first,
+                count,
+                cache,
+                offsets,
+                exists,
+                SHAPE,
+                TILE,
             )
         else:
             held, factor = held_keys(
-                arena, offsets, exists, hadamard, basis, head, CANDIDATE, SHAPE
+                cache, offsets, exists, hadamard, basis, head, CANDIDATE, SHAPE
             )
             at = start_of * SHAPE.rotated_width
             # The product of factors first, as :func:`token_sums` has it: so scores are the same.
@@ -317,7 +332,7 @@ def moved_by(
 
 @triton.jit(do_not_specialize=["first_layer", "span", "count"])
 def token_sums(
-    arena, blocks, queries, rotated, halves, hadamard, basis, first_layer, span, count, scale,
+    cache, blocks, queries, rotated, halves, hadamard, basis, first_layer, span, count, scale,
     log_sums, sums, masses, SHAPE: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
     SHARE: tl.constexpr,
 ):  # fmt: skip
@@ -350,16 +365,16 @@ def token_sums(
         token = start + tl.arange(0, TOKENS)
         exists = token < span
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
-        rows = whole_rotated(arena, offsets, exists, hadamard, SHAPE)
+        rows = whole_rotated(cache, offsets, exists, hadamard, SHAPE)
         for number in tl.static_range(PASSES):
             if 2 * number < CANDIDATES:
                 first_operand, first_factor = key_operand(
-                    rows, arena, offsets, exists, hadamard, basis, head, 2 * number, SHAPE
+                    rows, cache, offsets, exists, hadamard, basis, head, 2 * number, SHAPE
                 )
                 first_factor *= scale
             if 2 * number + 1 < CANDIDATES:
                 second_operand, second_factor = key_operand(
-                    rows, arena, offsets, exists, hadamard, basis, head, 2 * number + 1, SHAPE
+                    rows, cache, offsets, exists, hadamard, basis, head, 2 * number + 1, SHAPE
                 )
                 second_factor *= scale
             mass = tl.zeros([TOKENS], tl.float32)
@@ -370,7 +385,7 @@ def token_sums(
                 # Queries that do not exist have the probability of an infinite sum: none.
                 log_sum = tl.load(log_sums + query, mask=query < count, other=float("inf"))
                 log_sum = log_sum[None, :]
-                scores = exact_scores(queries, first, count, arena, offsets, exists, SHAPE, TILE)
+                scores = exact_scores(queries, first, count, cache, offsets, exists, SHAPE, TILE)
                 away = log_sum - scores * scale
                 probability = exp2_flushed(-away)
                 mass += tl.sum(probability, axis=1)
@@ -402,7 +417,7 @@ def token_sums(
 
 @triton.jit
 def value_lost(
-    rows, arena, offsets, exists, square, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
+    rows, cache, offsets, exists, square, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
 ):
     """Squared error of values as a format would hold them, ``[tokens]``.
 
@@ -422,11 +437,11 @@ def value_lost(
         dim = tl.arange(0, FORMAT.padded_rank)
         wanted = dim < FORMAT.rank
         matrix = matrix_of(basis, basis, head, SPACE)
-        kept = rotated_rows(arena, offsets, exists, matrix, dim, wanted, SPACE)
+        kept = rotated_rows(cache, offsets, exists, matrix, dim, wanted, SPACE)
         # Orthonormal columns: what the projection loses is what it does not hold.
         lost = tl.maximum(square - tl.sum(kept * kept, axis=1), 0.0)
-        if FORMAT.quantised:
-            codes, bits = quantise_rows(
+        if FORMAT.quantized:
+            codes, bits = quantize_rows(
                 kept, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
             )
             off = kept - (codes - FORMAT.zero) * float_of_bfloat16(bits)[:, None]
@@ -437,7 +452,7 @@ def value_lost(
 
 @triton.jit(do_not_specialize=["first_layer", "span"])
 def value_errors(
-    arena, blocks, hadamard, basis, first_layer, span, norms, errors, SHAPE: tl.constexpr,
+    cache, blocks, hadamard, basis, first_layer, span, norms, errors, SHAPE: tl.constexpr,
     TOKENS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Norms of values, and of what each format loses of them. Grid: shares, heads.
@@ -454,19 +469,19 @@ def value_errors(
     plane = tl.num_programs(1).to(tl.int64) * span
     norms += head.to(tl.int64) * span
     errors += head.to(tl.int64) * span
-    arena += SHAPE.dims
+    cache += SHAPE.dims
     for first in tl.range(share * SHARE, tl.minimum((share + 1) * SHARE, span), TOKENS):
         token = first + tl.arange(0, TOKENS)
         exists = token < span
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
-        rows = whole_rotated(arena, offsets, exists, hadamard, SHAPE)
+        rows = whole_rotated(cache, offsets, exists, hadamard, SHAPE)
         if SHAPE.uses_hadamard:
             square = tl.sum(rows * rows, axis=1) * (SHAPE.hadamard.norm * SHAPE.hadamard.norm)
         else:
-            values = load_rows(arena, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims)
+            values = load_rows(cache, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims)
             values = values.to(tl.float32)
             square = tl.sum(values * values, axis=1)
         tl.store(norms + token, tl.sqrt(square), mask=exists)
         for candidate in tl.static_range(CANDIDATES):
-            lost = value_lost(rows, arena, offsets, exists, square, basis, head, candidate, SHAPE)
+            lost = value_lost(rows, cache, offsets, exists, square, basis, head, candidate, SHAPE)
             tl.store(errors + candidate * plane + token, tl.sqrt(lost), mask=exists)

@@ -10,7 +10,7 @@ from mdkv_vllm.eval.methods.baseline import Full, Recent
 from mdkv_vllm.eval.methods.eviction import WINDOW, ChannelPruning, Eviction
 from mdkv_vllm.eval.methods.kvcompress import HEADKV_BUDGETS, HeadKV, KVCompress
 from mdkv_vllm.eval.methods.ours import MixedDim
-from mdkv_vllm.eval.methods.quantised import Float8, Uniform
+from mdkv_vllm.eval.methods.quantized import Float8, Uniform
 from mdkv_vllm.models.held_cache import HeldCache, Prefill
 from mdkv_vllm.models.in_process import InProcessModel
 

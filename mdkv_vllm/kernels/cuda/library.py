@@ -73,7 +73,7 @@ class Call(ctypes.Structure):
         ("query_head_stride", ctypes.c_int64),
         ("query_element", ctypes.c_int32),
         ("queries", ctypes.c_int32),
-        ("arena", ctypes.c_void_p),
+        ("kv_cache", ctypes.c_void_p),
         ("layer", ctypes.c_int32),
         ("scale", ctypes.c_float),
         ("block_table", ctypes.c_void_p),

@@ -16,42 +16,42 @@ Reason = str | None
 
 
 def choose_prefill(
-    asked: str, device: torch.device, dtype: torch.dtype, head_size: int
+    requested: str, device: torch.device, dtype: torch.dtype, head_size: int
 ) -> tuple[str, PrefillAttention]:
     """The setting ``prefill`` on a device: its name in words, and the implementation.
 
     Args:
-        asked: ``auto``, ``flash``, ``xformers`` or ``sdpa``.
+        requested: ``auto``, ``flash``, ``xformers`` or ``sdpa``.
         device: where the model runs.
         dtype: type of the queries.
         head_size: dimensions of a head.
 
     Raises:
-        ConfigError: what is asked for cannot be had here.
+        ConfigError: what is requested cannot be had here.
     """
     if device.type == "cpu":
-        return _choose_on_cpu(asked)
+        return _choose_on_cpu(requested)
     makers: dict[str, tuple[Callable[..., Reason], Callable[[int], PrefillAttention]]] = {
         "flash": (_no_flash, _flash),
         "xformers": (_no_xformers, _xformers),
         "sdpa": (lambda *_: None, _sdpa),
     }
     reasons = {name: missing(dtype, head_size) for name, (missing, _) in makers.items()}
-    if asked != "auto" and reasons[asked]:
+    if requested != "auto" and reasons[requested]:
         allowed = ", ".join(["auto", *(name for name, reason in reasons.items() if not reason)])
         raise ConfigError(
-            f"mixeddim.prefill is {asked!r}, but {reasons[asked]}; allowed here: {allowed}"
+            f"mixeddim.prefill is {requested!r}, but {reasons[requested]}; allowed here: {allowed}"
         )
-    name = asked if asked != "auto" else next(n for n, reason in reasons.items() if not reason)
+    name = requested if requested != "auto" else next(n for n, reason in reasons.items() if not reason)
     return name, makers[name][1](head_size)
 
 
-def _choose_on_cpu(asked: str) -> tuple[str, PrefillAttention]:
-    if asked == "sdpa":
-        return asked, SdpaPrefill()
-    if asked != "auto":
+def _choose_on_cpu(requested: str) -> tuple[str, PrefillAttention]:
+    if requested == "sdpa":
+        return requested, SdpaPrefill()
+    if requested != "auto":
         raise ConfigError(
-            f"mixeddim.prefill is {asked!r}, but the model runs on the CPU; allowed there are "
+            f"mixeddim.prefill is {requested!r}, but the model runs on the CPU; allowed there are "
             "auto (vLLM's CPU kernel) and sdpa"
         )
     from mdkv_vllm.plugin.prefill.cpu import CpuPrefill

@@ -14,8 +14,8 @@ import torch
 from vllm import _custom_ops as vllm_ops
 
 from mdkv_vllm.kernels.interface import Chunk
-from mdkv_vllm.plugin.arena import load_tokens
 from mdkv_vllm.plugin.compat import attention_isa
+from mdkv_vllm.plugin.kv_cache import load_tokens
 
 SCRATCH_BLOCK = 128
 """Tokens per scratch block, the stock backend's own block size."""

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from mdkv_vllm.kernels.interface import Chunk
-from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.kv_cache import load_tokens
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that torch may write out at a time, where it has no kernel that writes none."""

@@ -10,7 +10,7 @@ from xformers.ops import memory_efficient_attention_forward
 from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
 
 from mdkv_vllm.kernels.interface import Chunk
-from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.prefill.chunks import tokens_of
 
 

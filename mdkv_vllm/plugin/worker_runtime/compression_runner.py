@@ -10,7 +10,7 @@ import torch
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.plan import LeasePlan
 from mdkv_vllm.core.prompt import LoadLayer, PagedTokens
-from mdkv_vllm.plugin.arena import load_tokens
+from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.worker_runtime.reports import CompressionRecord, Stopwatch, Totals
 from mdkv_vllm.plugin.worker_runtime.request_table import Prompt
@@ -32,14 +32,14 @@ class CompressionRunner:
     Args:
         policy: the settings applied to the model.
         compressor: compresses a prompt.
-        arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
     """
 
-    def __init__(self, policy: Policy, compressor: Compressor, arena: torch.Tensor) -> None:
+    def __init__(self, policy: Policy, compressor: Compressor, kv_cache: torch.Tensor) -> None:
         self.totals = Totals()
         self._policy = policy
         self._compressor = compressor
-        self._arena = arena
+        self._kv_cache = kv_cache
         self._pending: list[_Pending] = []
         self._records: list[CompressionRecord] = []
         self._metrics: WorkerMetrics | None = None
@@ -78,11 +78,11 @@ class CompressionRunner:
     def _compress(self, pending: _Pending) -> None:
         prompt, plan = pending.prompt, pending.plan
         assert prompt.window is not None
-        watch = Stopwatch(self._arena.device)
+        watch = Stopwatch(self._kv_cache.device)
         tokens = self._prompt_tokens(pending.blocks, plan.prompt_tokens)
         result = self._compressor.compress(tokens, prompt.window, plan)
         lease = pending.blocks[plan.first_lease_block : plan.tail_block].long()
-        target = self._arena.view(torch.uint8).flatten(1)
+        target = self._kv_cache.view(torch.uint8).flatten(1)
         target[lease] = result.pages.view(plan.num_lease_blocks, -1)
         prompt.window = None
         self._records.append(
@@ -100,17 +100,17 @@ class CompressionRunner:
         if not isinstance(plan, LeasePlan):
             return
         needed = -(-prompt_tokens // plan.block_size)
-        blocks = torch.zeros(needed, dtype=torch.int32, device=self._arena.device)
+        blocks = torch.zeros(needed, dtype=torch.int32, device=self._kv_cache.device)
         self._compressor.compress(self._prompt_tokens(blocks, prompt_tokens), window, plan)
 
     def _prompt_tokens(self, blocks: torch.Tensor, tokens: int) -> LoadLayer:
         """A prompt's keys and values: where GPU kernels read them, or a layer's copy on CPU."""
         heads = self._policy.num_kv_heads
         if self._compressor.kernels.reads_pages:
-            return PagedTokens(self._arena, blocks, tokens, heads)
+            return PagedTokens(self._kv_cache, blocks, tokens, heads)
 
         def load(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-            view = self._arena[:, layer * heads : (layer + 1) * heads]
+            view = self._kv_cache[:, layer * heads : (layer + 1) * heads]
             return load_tokens(view, blocks, tokens, torch.float32)
 
         return load

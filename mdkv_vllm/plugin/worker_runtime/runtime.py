@@ -45,9 +45,9 @@ class Runtime:
     Args:
         policy: the settings applied to the model.
         compressor: compresses prompts.
-        decode: the decode kernel over ``arena``.
+        decode: the decode kernel over ``kv_cache``.
         prefill: attention of prompts.
-        arena: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         num_query_heads: query heads per layer on this rank.
         query_dtype: their type.
         limits: the largest step.
@@ -60,24 +60,24 @@ class Runtime:
         compressor: Compressor,
         decode: DecodeKernel,
         prefill: PrefillAttention,
-        arena: torch.Tensor,
+        kv_cache: torch.Tensor,
         num_query_heads: int,
         query_dtype: torch.dtype,
         limits: StepLimits,
         order: BatchOrder,
     ) -> None:
         self.policy = policy
-        self.arena = arena
+        self.kv_cache = kv_cache
         self._decode = decode
         self._limits = limits
         self._query_shape = (num_query_heads, policy.geometry.head_size)
         self._query_dtype = query_dtype
-        device = arena.device
+        device = kv_cache.device
         self._table = RequestTable(policy)
         self._window = QueryWindow(
             policy, num_query_heads, query_dtype, limits.graph_tokens, device
         )
-        self._runner = CompressionRunner(policy, compressor, arena)
+        self._runner = CompressionRunner(policy, compressor, kv_cache)
         self._builder = StepBuilder(
             self._table, self._window, self._runner, prefill, order,
             limits.tokens, limits.requests, device,
@@ -105,8 +105,8 @@ class Runtime:
 
     def layer_of(self, kv_cache: torch.Tensor) -> int:
         """Index of a layer from its view of the cache."""
-        offset = kv_cache.storage_offset() - self.arena.storage_offset()
-        return offset // (self.policy.num_kv_heads * self.arena.stride(1))
+        offset = kv_cache.storage_offset() - self.kv_cache.storage_offset()
+        return offset // (self.policy.num_kv_heads * self.kv_cache.stride(1))
 
     @contextmanager
     def step(
@@ -187,7 +187,7 @@ class Runtime:
         Args:
             prompt_tokens: the longest prompt to expect.
         """
-        device, queries = self.arena.device, 1
+        device, queries = self.kv_cache.device, 1
         while queries <= self._limits.requests:
             nothing = torch.zeros(queries, dtype=torch.int32, device=device)
             query = torch.zeros(queries, *self._query_shape, dtype=self._query_dtype, device=device)

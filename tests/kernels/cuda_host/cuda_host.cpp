@@ -64,9 +64,9 @@ struct Block {
 
 Block block;
 bool reversed_order = false, late_copies = false;
-const uint8_t* arena_begin = nullptr;
-const uint8_t* arena_end = nullptr;
-int32_t* page_owners = nullptr;  // by page of the arena, the block that copies it
+const uint8_t* kv_cache_begin = nullptr;
+const uint8_t* kv_cache_end = nullptr;
+int32_t* page_owners = nullptr;  // by page of the cache, the block that copies it
 std::vector<List> last_lists;    // of the last launch
 int device_shared_bytes = 99 << 10;
 
@@ -249,8 +249,9 @@ void store_shared32(uint32_t at, uint32_t word) { std::memcpy(shared_at(at, 4), 
 void copy_async(uint32_t to, const uint8_t* from) {
   shared_at(to, 16);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) stop("a misaligned copy");
-  if (arena_begin && (from < arena_begin || from + 16 > arena_end)) stop("a copy from elsewhere");
-  if (page_owners) page_owners[(from - arena_begin) / block.args->page_bytes] = block.index;
+  if (kv_cache_begin && (from < kv_cache_begin || from + 16 > kv_cache_end))
+    stop("a copy from elsewhere");
+  if (page_owners) page_owners[(from - kv_cache_begin) / block.args->page_bytes] = block.index;
   if (late_copies) {
     thread().open.push_back({to, from});
   } else {
@@ -371,14 +372,14 @@ MDKV_EXPORT void mdkv_host_device(int shared_bytes) { mdkv::device_shared_bytes 
 
 // How the next calls run: threads and blocks from the last to the first; copies that arrive when
 // they are waited for, not at once; where copies may come from.
-MDKV_EXPORT void mdkv_host_configure(int reversed, int late, const void* arena, int64_t bytes) {
+MDKV_EXPORT void mdkv_host_configure(int reversed, int late, const void* kv_cache, int64_t bytes) {
   mdkv::reversed_order = reversed;
   mdkv::late_copies = late;
-  mdkv::arena_begin = static_cast<const uint8_t*>(arena);
-  mdkv::arena_end = mdkv::arena_begin + bytes;
+  mdkv::kv_cache_begin = static_cast<const uint8_t*>(kv_cache);
+  mdkv::kv_cache_end = mdkv::kv_cache_begin + bytes;
 }
 
-// Where the next calls write which block copies a page of the arena; null for nowhere.
+// Where the next calls write which block copies a page of the cache; null for nowhere.
 MDKV_EXPORT void mdkv_host_owners(int32_t* owners) { mdkv::page_owners = owners; }
 
 // Weights of a page of every list, tail included, in the last call.

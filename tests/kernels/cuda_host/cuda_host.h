@@ -3,7 +3,7 @@
 // The threads of a block are fibers; what a warp does together waits until all 32 threads have
 // come to it. Products are exact but for one rounding. What would be undefined on a GPU stops the
 // run with a message: threads of a warp that part ways, addresses out of shared memory or the
-// arena, misaligned ones. Shared memory starts out as NaN.
+// kv_cache, misaligned ones. Shared memory starts out as NaN.
 #pragma once
 
 #include <cmath>

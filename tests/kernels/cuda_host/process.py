@@ -29,11 +29,11 @@ def start(library: Path) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, context, _use_library, (library,))
 
 
-def configure(arena: torch.Tensor | None, order: str) -> None:
+def configure(kv_cache: torch.Tensor | None, order: str) -> None:
     """Set the order of the next calls, and where they may copy from."""
     from mdkv_vllm.kernels.cuda.library import library
 
-    begin, size = (0, 0) if arena is None else (arena.data_ptr(), arena.nbytes)
+    begin, size = (0, 0) if kv_cache is None else (kv_cache.data_ptr(), kv_cache.nbytes)
     library().mdkv_host_configure(*ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size))
 
 

@@ -21,7 +21,7 @@ def attention_layers(vllm_config: VllmConfig) -> list[Attention]:
     return sorted(layers, key=lambda layer: layer.kv_cache.data_ptr())
 
 
-def arena_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:
+def kv_cache_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:
     """The whole cache as one tensor over its layers' views.
 
     Args:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 _GAUSSIAN_STEP = {4: 0.3352, 2: 0.9957}
-"""Step of the uniform mid-rise quantiser with least squared error for a unit Gaussian
+"""Step of the uniform mid-rise quantizer with least squared error for a unit Gaussian
 (Max, 1960, table II), which is what a Hadamard rotation leaves."""
 
 
-def quantise(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise vectors to unsigned codes and a bf16 scale each.
+def quantize(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize vectors to unsigned codes and a bf16 scale each.
 
     int8 spans the largest magnitude. int4 and int2 start from the Gaussian step for the
     vector's root mean square, then refit the scale to the codes by least squares. Codes are
@@ -44,6 +44,6 @@ def _mid_rise(vectors: torch.Tensor, step: torch.Tensor, levels: int) -> torch.T
     return torch.floor(vectors / step.clamp_min(1e-30)).clamp_(-half, half - 1) + 0.5
 
 
-def dequantise(codes: torch.Tensor, scales: torch.Tensor, zero: float) -> torch.Tensor:
-    """Inverse of :func:`quantise`: float32 ``[..., rank]`` from codes and scales."""
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, zero: float) -> torch.Tensor:
+    """Inverse of :func:`quantize`: float32 ``[..., rank]`` from codes and scales."""
     return (codes.float() - zero) * scales.float().unsqueeze(-1)

@@ -1,4 +1,4 @@
-"""Vectors to integer codes with one scale each, and back; :mod:`mdkv_vllm.core.quantise`.
+"""Vectors to integer codes with one scale each, and back; :mod:`mdkv_vllm.core.quantize`.
 
 A quotient is a product with the scale's reciprocal, and a code is that product rounded by adding a
 number so large that no bit is left for a fraction: two or three instructions an element, where
@@ -105,10 +105,10 @@ def divide_rows(x, y):
 
 
 @triton.jit
-def quantise_rows(
+def quantize_rows(
     x, exists, NORM: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr
 ):
-    """Quantise each row of a tile; arguments as for :func:`scale_bits`.
+    """Quantize each row of a tile; arguments as for :func:`scale_bits`.
 
     Returns:
         Codes as float32 ``[rows, columns]``, anything where a column does not exist; and the

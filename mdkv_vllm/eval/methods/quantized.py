@@ -1,4 +1,4 @@
-"""Uniform quantisation of the whole cache, every token alike."""
+"""Uniform quantization of the whole cache, every token alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from mdkv_vllm.core.basis import hadamard
 from mdkv_vllm.core.formats import CODE_ZERO, SCALE_BYTES
-from mdkv_vllm.core.quantise import dequantise, quantise
+from mdkv_vllm.core.quantize import dequantize, quantize
 from mdkv_vllm.models.held_cache import HeldCache, Prefill
 from mdkv_vllm.models.in_process import InProcessModel
 
@@ -38,7 +38,7 @@ class Uniform:
 
         def round_trip(x: torch.Tensor) -> torch.Tensor:
             rotated = x.float() @ rotation
-            return dequantise(*quantise(rotated, self.bits), CODE_ZERO[self.bits]) @ rotation
+            return dequantize(*quantize(rotated, self.bits), CODE_ZERO[self.bits]) @ rotation
 
         kept = torch.ones(prefill.keys.shape[:3], dtype=torch.bool)
         return HeldCache(round_trip(prefill.keys), round_trip(prefill.values), kept, budget)

@@ -1,4 +1,4 @@
-// Scales and codes of vectors; mdkv_vllm/core/quantise.py is the specification.
+// Scales and codes of vectors; mdkv_vllm/core/quantize.py is the specification.
 #pragma once
 
 #include "element.h"
@@ -35,7 +35,7 @@ MDKV_INLINE float scale_of(const float* row, int rank) {
     return rounded_to_bf16(reduce_max(largest) * static_cast<float>(1.00390625 / 127.0));
   }
   const float rms = __builtin_sqrtf(reduce_add(squares) / static_cast<float>(rank));
-  // Steps of the uniform quantiser with least squared error for a unit Gaussian.
+  // Steps of the uniform quantizer with least squared error for a unit Gaussian.
   const Vec step = max(set1(rms * (kBits == 4 ? 0.3352f : 0.9957f)), set1(1e-30f));
   Vec dot = set1(0.0f), norm = set1(0.0f);
   for (int d = 0; d < rank; d += kWidth) {
@@ -50,7 +50,7 @@ MDKV_INLINE float scale_of(const float* row, int rank) {
 
 // Codes of one vector; returns its scale.
 template <int kBits>
-MDKV_INLINE float quantise(const float* row, int rank, uint8_t* codes) {
+MDKV_INLINE float quantize(const float* row, int rank, uint8_t* codes) {
   constexpr float kZero = static_cast<float>(1 << (kBits - 1)) - (kBits == 8 ? 0.0f : 0.5f);
   const float scale = scale_of<kBits>(row, rank);
   const Vec step = max(set1(scale), set1(1e-30f));

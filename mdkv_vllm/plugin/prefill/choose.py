@@ -42,8 +42,9 @@ def choose_prefill(
         raise ConfigError(
             f"mixeddim.prefill is {requested!r}, but {reasons[requested]}; allowed here: {allowed}"
         )
-    name = requested if requested != "auto" else next(n for n, reason in reasons.items() if not reason)
-    return name, makers[name][1](head_size)
+    if requested == "auto":
+        requested = next(name for name, reason in reasons.items() if not reason)
+    return requested, makers[requested][1](head_size)
 
 
 def _choose_on_cpu(requested: str) -> tuple[str, PrefillAttention]:

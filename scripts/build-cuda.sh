@@ -9,7 +9,6 @@
 # compilers run at once.
 set -euo pipefail
 
-readonly HEAD_SIZES=(64 80 96 128 256)
 readonly ARCHITECTURES=(80 89 90a 100 120)
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,6 +20,11 @@ fail() {
     printf 'build-cuda: %s\n' "$1" >&2
     exit 1
 }
+
+sizes="$(sed -n 's/^constexpr int kHeadSizes\[\] = {\(.*\)};/\1/p' csrc/cuda/tables.cuh | tr -d ,)"
+read -ra HEAD_SIZES <<<"$sizes"
+readonly HEAD_SIZES
+((${#HEAD_SIZES[@]})) || fail "csrc/cuda/tables.cuh names no head sizes"
 
 find_nvcc() {
     local candidate

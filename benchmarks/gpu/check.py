@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
 from mdkv_vllm.testing import leases
 from mdkv_vllm.testing.leases import Model, Request
 
@@ -19,7 +20,6 @@ from .trial import NO_ROW, TOLERANCE, Errors, Trial, worst
 
 EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 DEFAULT = ("i4", "i8", "full")
-HEAD_SIZES = (64, 80, 96, 128, 256)
 GROUPS = (1, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
 SERVED = tuple(Model(DEFAULT, size, 4, query_dtype=torch.bfloat16) for size in (128, 64))
@@ -53,7 +53,7 @@ def variants() -> list[Model]:
     """
     sixteen_bit = [
         Model(EVERY_FORMAT, size, GROUPS[(i + j) % 4], dtype=dtype, query_dtype=dtype)
-        for i, size in enumerate(HEAD_SIZES)
+        for i, size in enumerate(GPU_HEAD_SIZES)
         for j, dtype in enumerate(DTYPES)
     ]
     plain = SERVED[0]

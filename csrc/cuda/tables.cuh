@@ -136,7 +136,9 @@ inline std::string check_shape(const mdkv_shape& shape) {
   }
   if (std::find(std::begin(kHeadSizes), std::end(kHeadSizes), shape.head_size) ==
       std::end(kHeadSizes)) {
-    return "head size " + number(shape.head_size) + " is not built; 64, 80, 96, 128 and 256 are";
+    std::string built;
+    for (int size : kHeadSizes) built += " " + number(size);
+    return "head size " + number(shape.head_size) + " is not built; built are" + built;
   }
   if (shape.block_size < 1 || shape.num_layers < 1 || shape.num_kv_heads < 1 || shape.group < 1) {
     return "block size, layers, KV heads and group must be at least 1";

@@ -16,6 +16,9 @@ import torch
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.layout import LeaseLayout
 
+GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
+"""Dimensions of a head that GPU kernels are built for: ``kHeadSizes`` of csrc/cuda/tables.cuh."""
+
 
 @dataclass(frozen=True)
 class DecodeConfig:

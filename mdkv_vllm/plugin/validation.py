@@ -10,10 +10,7 @@ from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from mdkv_vllm.config import REQUEST_BUDGET, Budget, ConfigError, MixedDimConfig, request_budget
-
-GPU_HEAD_SIZES = (64, 80, 96, 128, 256)
-"""What the GPU kernels are compiled for and checked with."""
-
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
 
 MAX_GPU_BLOCK_SIZE = 48
 """Tokens of a block on GPUs. A page is a block's share of one head, and kernels hold whole pages in

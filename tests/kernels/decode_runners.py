@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES, DecodeBatch, DecodeConfig
 from mdkv_vllm.kernels.registry import DECODE
 from mdkv_vllm.testing import leases
 from mdkv_vllm.testing.leases import Model, Request
@@ -90,12 +90,11 @@ def cpu() -> Runner:
 
 def triton(process: ProcessPoolExecutor) -> Runner:
     # In bfloat16, queries rotated into a basis are rounded again.
-    return Runner("triton", process, ROUNDED, True, 2e-3, head_sizes=(64, 80, 96, 128, 256))
+    return Runner("triton", process, ROUNDED, True, 2e-3, head_sizes=GPU_HEAD_SIZES)
 
 
 def cuda(process: ProcessPoolExecutor) -> Runner:
-    sizes = (64, 80, 96, 128, 256)
-    return Runner("cuda", process, ROUNDED, True, 2e-3, (BF16, FP16), sizes)
+    return Runner("cuda", process, ROUNDED, True, 2e-3, (BF16, FP16), GPU_HEAD_SIZES)
 
 
 class Case(leases.Case):

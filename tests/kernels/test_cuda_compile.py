@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "build-cuda.sh"
 ARCHITECTURES = ("80", "89", "90a", "100", "120")
-HEAD_SIZES = (64, 80, 96, 128, 256)
 REGISTERS = 65536
 """Of a multiprocessor."""
 
@@ -81,7 +82,7 @@ def test_every_kernel_for_every_gpu(built):
     assert built.library.stat().st_size > 0
     expected = {
         (name, architecture)
-        for name in ("prepare_units", "merge_parts", *(f"ILi{size}E" for size in HEAD_SIZES))
+        for name in ("prepare_units", "merge_parts", *(f"ILi{size}E" for size in GPU_HEAD_SIZES))
         for architecture in ARCHITECTURES
     }
     found = {

@@ -1,6 +1,8 @@
 """What the CUDA kernels' interface refuses, and how they are planned; run on the CPU."""
 
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from mdkv_vllm.core.formats import FormatSet, Kind, PageFormat, Rotation
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.cuda.decode import CudaDecode
 from mdkv_vllm.kernels.cuda.library import CudaKernelError, library
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES, DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import Case, Model, Request
 
 SHARED_LIMIT = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
@@ -73,6 +75,12 @@ def call(layout, group, a):
     return ""
 
 
+def test_head_sizes_are_those_of_the_source():
+    source = (Path(__file__).parents[2] / "csrc" / "cuda" / "tables.cuh").read_text()
+    (sizes,) = re.findall(r"kHeadSizes\[\] = \{(.*)\};", source)
+    assert tuple(map(int, sizes.split(","))) == GPU_HEAD_SIZES
+
+
 def test_takes_what_is_right(process):
     case, right = arguments()
     assert process.submit(call, case.layout, case.model.group, right).result() == ""
@@ -114,7 +122,7 @@ def plan(layout, group, kib):
 
 
 @pytest.mark.parametrize("device", SHARED_LIMIT)
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_size", GPU_HEAD_SIZES)
 def test_stages_fit(process, device, head_size):
     limit = SHARED_LIMIT[device]
     layout = Model(("i4", "i8", "full"), head_size).layout()
@@ -164,7 +172,7 @@ def refusals():
 
     return [
         (other(Model(dtype=torch.float32)), "must be float16 or bfloat16"),
-        (other(Model(head_size=72)), "head size 72 is not built; 64, 80, 96, 128 and 256 are"),
+        (other(Model(head_size=72)), "head size 72 is not built; built are 64 80 96 128 256"),
         (other(Model(head_size=128, block_size=256)), "do not fit 101376 bytes of shared memory"),
         (with_format(layout, kind=Kind.ELEMENTS), "format 0: 8 bits"),
         (with_format(layout, rank=62), "format 0: rank 62"),

@@ -215,7 +215,7 @@ def test_variants_cover_what_they_should():
     assert tuple(models[:2]) == check.SERVED
     every = [m for m in models if m.names == check.EVERY_FORMAT]
     pairs = {(m.head_size, m.dtype) for m in every}
-    assert {(size, dtype) for size in check.HEAD_SIZES for dtype in check.DTYPES} <= pairs
+    assert {(size, dtype) for size in check.GPU_HEAD_SIZES for dtype in check.DTYPES} <= pairs
     grouped = {(m.group, m.dtype) for m in every}
     assert {(group, dtype) for group in check.GROUPS for dtype in check.DTYPES} <= grouped
     assert len({check.name_of(m) for m in models}) == len(models)

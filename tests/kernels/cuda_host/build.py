@@ -7,16 +7,17 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
+
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[2] / "csrc" / "cuda"
-HEAD_SIZES = (64, 80, 96, 128, 256)
 FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
 FLAGS += ["-Wno-unknown-pragmas", "-DMDKV_ON_HOST", f"-I{HERE}"]
 
 
 def build(folder: Path, sources: Path = SOURCES) -> Path:
     """Build the library in a folder; its path."""
-    jobs = {f"attend_{d}": ("attend.cu", f"-DMDKV_HEAD_SIZE={d}") for d in HEAD_SIZES}
+    jobs = {f"attend_{d}": ("attend.cu", f"-DMDKV_HEAD_SIZE={d}") for d in GPU_HEAD_SIZES}
     jobs["mixed_decode"] = ("mixed_decode.cu", "-DMDKV_NONE")
 
     compiler = os.environ.get("CXX", "g++")

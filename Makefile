@@ -13,12 +13,14 @@ serve: setup
 demo: setup
 	$(BIN)/mdkv demo --port $(or $(PORT),8000)
 
-# Everything that needs no GPU: tests two at a time, then those that start servers or keep deadlines.
+# Everything that needs no GPU, two tests at a time: first without servers, then with them; then those
+# that keep deadlines, one by one.
 test:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
 	$(BIN)/python -m pytest -m "not server and not alone" -n 2 --dist loadfile --durations 10
-	$(BIN)/python -m pytest -m "server or alone" --durations 10
+	$(BIN)/python -m pytest -m "server and not alone" -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m alone --durations 10
 	$(MAKE) test-next-vllm
 
 test-fast:

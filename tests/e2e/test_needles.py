@@ -14,6 +14,7 @@ DEPTHS = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 0.97]
 
 
 @pytest.mark.server
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("num_tokens", [1024, 2048, 4096])
 def test_needles_are_found(server, model_folder, num_tokens):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)

@@ -22,19 +22,22 @@ def _poison() -> ExitStack:
     return stack
 
 
-def run_losses(prompt, layers, bases):
+def make_group(prompt, layers, bases):
     from mdkv_vllm.kernels.triton.compress import TritonKernels
 
+    return TritonKernels().layers(prompt, layers, bases)
+
+
+def run_losses(group):
+    """Losses, and the group, which keeps something of them."""
     with _poison():
-        return TritonKernels().layers(prompt, layers, bases).losses()
+        return group.losses(), group
 
 
-def run_pack(prompt, layers, bases, chosen, pages, first_page):
+def run_pack(group, chosen, pages, first_page):
     """Pack; the pages, of which the process may have a copy, and the first page behind them."""
-    from mdkv_vllm.kernels.triton.compress import TritonKernels
-
     with _poison():
-        end = TritonKernels().layers(prompt, layers, bases).pack(chosen, pages, first_page)
+        end = group.pack(chosen, pages, first_page)
     return pages, end
 
 
@@ -48,13 +51,15 @@ def run_allocate(clearings, *arguments):
 
 class _Group:
     def __init__(self, process, *arguments):
-        self._process, self._arguments = process, arguments
+        self._process = process
+        self._group = process.submit(make_group, *arguments).result()
 
     def losses(self):
-        return self._process.submit(run_losses, *self._arguments).result()
+        losses, self._group = self._process.submit(run_losses, self._group).result()
+        return losses
 
     def pack(self, chosen, pages, first_page):
-        arguments = *self._arguments, chosen, pages, first_page
+        arguments = self._group, chosen, pages, first_page
         packed, end = self._process.submit(run_pack, *arguments).result()
         pages.copy_(packed)
         return end

@@ -163,11 +163,16 @@ def chosen_for(kernels, prompt, choice):
     "names", [("drop", "r8", "r16", "full"), ("i2", "i4", "i8", "full"), ("drop", "r12i4", "r32i8")]
 )
 @pytest.mark.parametrize(
-    ("size", "dtype"), [(64, BF16), (80, FP16), (96, BF16), (128, FP16), (256, BF16)]
-)
-def test_pack(kernels, names, size, dtype):
+    ("size", "dtype", "loss"),
+    [
+        (64, BF16, "hybrid"), (80, FP16, "paper"), (96, BF16, "hybrid"), (128, FP16, "paper"),
+        (256, BF16, "solo"),
+    ],
+)  # fmt: skip
+def test_pack(kernels, names, size, dtype, loss):
+    """Kernels that find scales of codes with the losses may pack by these."""
     torch.manual_seed(3)
-    prompt, cache = prompt_of(names, size, dtype, span=201, layers=1, heads=3)
+    prompt, cache = prompt_of(names, size, dtype, span=201, loss=loss, layers=1, heads=3)
     formats, geometry, number = prompt.layout.formats, prompt.layout.geometry, len(names)
     drop = formats.drop
     choice = torch.randint(-1 if drop else 0, number - drop, (1, 3, 201))

@@ -49,7 +49,7 @@ POINTERS = dict.fromkeys(
 POINTERS |= dict.fromkeys(("costs", "totals", "above", "budgets", "bounds", "objective"), "fp64")
 POINTERS |= dict.fromkeys(("blocks", "order", "counts", "wanted", "ranks", "gains", "found"), "i32")
 POINTERS |= dict.fromkeys(("table", "capacity", "room", "tokens", "first", "end"), "i64")
-POINTERS |= {"halves": "fp16", "pages": "u8", "choice": "i8"}
+POINTERS |= {"halves": "fp16", "pages": "u8", "choice": "i8", "code_scales": "u16"}
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ The layers of a group are a dimension of every grid, and no copy of keys or valu
 here waits for the device, and every shape follows from the prompt's length, so that a CUDA graph
 could hold it. Memory per token, head and layer: what the window makes of it (4 bytes for its mass,
 its value's norm, and two numbers per reduced format), its losses (4 per option), what
-:mod:`.allocate` needs, and 4 per format for the order of tokens.
+:mod:`.allocate` needs, 4 per format for the order of tokens, and the scales of its codes (4 per
+reduced format), which packing takes from the losses.
 """
 
 from __future__ import annotations
@@ -137,6 +138,7 @@ class PagedGroup:
         nothing = self._matrix
         self._bases = (nothing, nothing) if bases is None else (bases.keys, bases.values)
         self._heads = len(layers) * heads
+        self._code_scales: torch.Tensor | None = None
 
     def losses(self) -> torch.Tensor:
         """See :class:`mdkv_vllm.core.kernels.LayersToCompress`; all layers in one tensor."""
@@ -147,15 +149,18 @@ class PagedGroup:
         log_sums = self._log_sums(queries)
         sums = self._floats(1 + shape.num_candidates, heads, span)
         masses = self._floats(heads, shares)
+        code_scales = torch.empty(
+            shape.num_candidates, 2, heads, span, dtype=torch.uint16, device=sums.device
+        )
         token_sums[(shares, heads)](
             *self._source(), *queries, *self._spaces(0), self._layers.start, span, count,
-            self._scale, log_sums, sums, masses, SHAPE=shape, **options,
+            self._scale, log_sums, sums, masses, code_scales, SHAPE=shape, **options,
         )  # fmt: skip
         del options["TILE"]
         norms, errors = self._floats(heads, span), self._floats(shape.num_candidates, heads, span)
         value_errors[(shares, heads)](
-            *self._source(), *self._spaces(1), self._layers.start, span, norms, errors, SHAPE=shape,
-            **options,
+            *self._source(), *self._spaces(1), self._layers.start, span, norms, errors, code_scales,
+            SHAPE=shape, **options,
         )  # fmt: skip
         kv_heads = shape.heads
         losses = self._floats(len(self._layers), shape.num_options, kv_heads, span)
@@ -166,12 +171,15 @@ class PagedGroup:
         finish_losses[(tiles, kv_heads, len(self._layers))](
             norms, errors, span, losses, SHAPE=shape, TOKENS=LOSS_TOKENS
         )
+        self._code_scales = code_scales
         return losses
 
     def pack(
         self, chosen: Sequence[Allocation], pages: torch.Tensor, first_page: torch.Tensor
     ) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.LayersToCompress`."""
+        """See :class:`mdkv_vllm.core.kernels.LayersToCompress`; takes the scales of the losses."""
+        if self._code_scales is None:
+            self.losses()
         formats, span = self._prompt.layout.formats, self._prompt.span
         number, device = len(formats.formats), pages.device
         choice = torch.stack([allocation.choice for allocation in chosen])
@@ -187,8 +195,8 @@ class PagedGroup:
         for index, fmt in enumerate(formats.formats):
             pack_list_page[(fmt.pages(span), self._heads)](
                 *self._source(), self._matrix, *self._bases, self._layers.start, order, table, span,
-                pages, pages.shape[0], LIST=PackShape.of(self._shape, index), FORMAT=index,
-                FORMATS=number, SHAPE=self._shape,
+                self._code_scales, pages, pages.shape[0], LIST=PackShape.of(self._shape, index),
+                FORMAT=index, FORMATS=number, SHAPE=self._shape,
             )  # fmt: skip
         return end
 

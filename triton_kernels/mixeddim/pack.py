@@ -4,7 +4,9 @@
 its last, so nothing needs clearing before. Grids are as large as the longest lists could be, and
 programs without a page end at once.
 
-Bytes: each kept token's vectors read once, each page written once.
+Codes take the scales that the losses found: finding them takes longer than reading them.
+
+Bytes: each kept token's vectors and scales read once, each page written once.
 """
 
 # mypy: ignore-errors
@@ -19,8 +21,8 @@ import triton.language as tl
 
 from .elements import store_elements
 from .paged import key_offsets, load_rows, matrix_of, rotated_rows
-from .prompt_shape import CandidateShape, PromptShape, SpaceShape, gaussian_step
-from .quantize import byte_of, quantize_rows, tile_vectors
+from .prompt_shape import CandidateShape, PromptShape, SpaceShape
+from .quantize import byte_of, codes_of, tile_vectors
 from .shapes import KernelConstant, ListShape, padded
 from .window_kernels import page_of
 
@@ -32,17 +34,20 @@ class PackShape(ListShape, KernelConstant):
     Attributes:
         page_bytes: bytes of a page.
         space: the format's space.
+        candidate: which of ``SHAPE.candidates`` it is; none for tokens as they are.
     """
 
     page_bytes: int
     space: SpaceShape
+    candidate: int
 
     @classmethod
     def of(cls, shape: PromptShape, index: int) -> PackShape:
         """For one of a model's formats."""
         geometry, fmt = shape.layout.geometry, shape.layout.formats.formats[index]
         space = CandidateShape(fmt, geometry, shape.basis_rank).space
-        return cls(fmt, shape.element, geometry.page_bytes, space)
+        candidate = shape.options[index + shape.drops]
+        return cls(fmt, shape.element, geometry.page_bytes, space, candidate)
 
     @property
     def tile_tokens(self) -> int:
@@ -55,11 +60,6 @@ class PackShape(ListShape, KernelConstant):
         return self.tile_tokens // self.fields
 
     @property
-    def step(self) -> float:
-        """First step of the quantizer."""
-        return gaussian_step(self.bits)
-
-    @property
     def used_bytes(self) -> int:
         """Bytes of a page in use; zeros follow."""
         scales = 4 * self.tokens_per_page if self.quantized else 0
@@ -67,26 +67,35 @@ class PackShape(ListShape, KernelConstant):
 
 
 @triton.jit
-def load_slots(
-    cache, blocks, layer_page, tokens, slot, valid, count, matrix, column, wanted,
-    LIST: tl.constexpr, SHAPE: tl.constexpr,
+def slot_tokens(tokens, slot, valid, count):
+    """Tokens of some slots of a page, and which of them hold one.
+
+    Args:
+        tokens: pointer to the int32 tokens of the page.
+        slot: slots, ``[slots]``.
+        valid: which of them exist, ``[slots]``.
+        count: tokens of the page.
+    """
+    held = valid & (slot < count)
+    return tl.load(tokens + slot, mask=held, other=0), held
+
+
+@triton.jit
+def load_vectors(
+    cache, blocks, layer_page, token, held, matrix, column, wanted, LIST: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Vectors of some slots of a page in the list's space, and which of them hold a token.
+    """Vectors of some tokens in the list's space, float32; of codes, over its norm.
 
     Args:
         cache: the cache, as elements; of values, ``dims`` further.
         blocks: pointer to the prompt's int32 blocks.
         layer_page: of the layer and head, in every block.
-        tokens: pointer to the int32 tokens of the page.
-        slot: slots, ``[slots]``.
-        valid: which of them exist, ``[slots]``.
-        count: tokens of the page.
+        token: see :func:`slot_tokens`; ``held`` as well.
         matrix: of the space, see :func:`.paged.matrix_of`.
         column: dimensions of the space, ``[columns]``.
         wanted: which of them exist.
     """
-    held = valid & (slot < count)
-    token = tl.load(tokens + slot, mask=held, other=0)
     offsets = key_offsets(blocks, layer_page, token, held, SHAPE)
     SPACE: tl.constexpr = LIST.space
     if SPACE.moves:
@@ -95,22 +104,18 @@ def load_slots(
             rows *= SPACE.norm
     else:
         rows = load_rows(cache, offsets, held, 0, LIST.rank, LIST.padded_rank).to(tl.float32)
-    return rows, held
+    return rows
 
 
 @triton.jit
 def pack_key_codes(
-    cache,
-    blocks,
-    layer_page,
-    tokens,
-    count,
-    matrix,
-    page,
-    LIST: tl.constexpr,
+    cache, blocks, layer_page, tokens, count, matrix, code_scales, page, LIST: tl.constexpr,
     SHAPE: tl.constexpr,
-):
-    """Write the K codes and scales of a page; arguments as for :func:`load_slots`.
+):  # fmt: skip
+    """Write the K codes and scales of a page.
+
+    Arguments are those of :func:`slot_tokens` and :func:`load_vectors`; and ``code_scales``, a
+    pointer to the scales of the head's keys by token, uint16.
 
     Field ``f`` of byte ``j`` of a row is the code of token ``f * key_row + j``. The fields of eight
     bytes are eight rows of a tile apart: the matrix units give a thread rows of that distance.
@@ -129,14 +134,13 @@ def pack_key_codes(
         field = in_tile // NEAR % FIELDS
         slot = field * LIST.key_row + byte
         valid = byte < LIST.key_row
-        x, held = load_slots(
-            cache, blocks, layer_page, tokens, slot, valid, count, matrix, column_dim, wanted, LIST,
-            SHAPE,
-        )  # fmt: skip
-        codes, scale = quantize_rows(
-            x, dim < LIST.rank, LIST.space.norm, LIST.rank, LIST.bits, LIST.step
+        token, held = slot_tokens(tokens, slot, valid, count)
+        x = load_vectors(
+            cache, blocks, layer_page, token, held, matrix, column_dim, wanted, LIST, SHAPE
         )
-        tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
+        scale = tl.load(code_scales + token, mask=held, other=0)
+        codes = codes_of(x, scale, LIST.space.norm, LIST.bits)
+        tl.store(scales + slot, scale, mask=valid)
         weight = tl.where(held, 1 << (field * LIST.bits), 0).to(tl.float32)
         codes = tl.reshape(codes * weight[:, None], [COLUMNS // NEAR, FIELDS, NEAR, RANK])
         packed = tl.reshape(tl.sum(codes, axis=1), [COLUMNS, RANK])
@@ -147,17 +151,10 @@ def pack_key_codes(
 
 @triton.jit
 def pack_value_codes(
-    cache,
-    blocks,
-    layer_page,
-    tokens,
-    count,
-    matrix,
-    page,
-    LIST: tl.constexpr,
+    cache, blocks, layer_page, tokens, count, matrix, code_scales, page, LIST: tl.constexpr,
     SHAPE: tl.constexpr,
-):
-    """Write the V codes and scales of a page; arguments as for :func:`load_slots`.
+):  # fmt: skip
+    """Write the V codes and scales of a page; arguments as for :func:`pack_key_codes`.
 
     Field ``f`` of byte ``j`` of a row is the code of dimension ``f * value_row + j``.
     """
@@ -168,18 +165,19 @@ def pack_value_codes(
     byte = column % BYTES
     field = column // BYTES
     wanted = byte < LIST.value_row
-    exists = wanted[None, :]
     scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16)) + LIST.tokens_per_page
     rows = page + LIST.section_bytes
     for first in range(0, LIST.tokens_per_page, TOKENS):
         slot = first + tl.arange(0, TOKENS)
         valid = slot < LIST.tokens_per_page
-        x, held = load_slots(
-            cache + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, matrix,
+        token, held = slot_tokens(tokens, slot, valid, count)
+        x = load_vectors(
+            cache + SHAPE.dims, blocks, layer_page, token, held, matrix,
             field * LIST.value_row + byte, wanted, LIST, SHAPE,
         )  # fmt: skip
-        codes, scale = quantize_rows(x, exists, LIST.space.norm, LIST.rank, LIST.bits, LIST.step)
-        tl.store(scales + slot, tl.where(held, scale, 0), mask=valid)
+        scale = tl.load(code_scales + token, mask=held, other=0)
+        codes = codes_of(x, scale, LIST.space.norm, LIST.bits)
+        tl.store(scales + slot, scale, mask=valid)
         weight = (1 << (field * LIST.bits))[None, :].to(tl.float32)
         codes = codes * tl.where(held[:, None], weight, 0.0)
         packed = tl.sum(tl.reshape(codes, [TOKENS, FIELDS, BYTES]), axis=1)
@@ -193,7 +191,7 @@ def pack_elements(
     cache, blocks, layer_page, tokens, count, key_matrix, value_matrix, page, LIST: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """Write a page of elements of the cache's type; arguments as for :func:`load_slots`."""
+    """Write a page of elements of the cache's type; arguments as for :func:`load_vectors`."""
     RANK: tl.constexpr = LIST.padded_rank
     CAPACITY: tl.constexpr = LIST.tokens_per_page
     column = tl.arange(0, RANK)
@@ -209,22 +207,22 @@ def pack_elements(
         else:
             key_at = dim * CAPACITY + slot[:, None]
             value_at = (CAPACITY + slot)[:, None] * LIST.rank + dim
-        x, _ = load_slots(
-            cache, blocks, layer_page, tokens, slot, valid, count, key_matrix, column, wanted, LIST,
-            SHAPE,
-        )  # fmt: skip
+        token, held = slot_tokens(tokens, slot, valid, count)
+        x = load_vectors(
+            cache, blocks, layer_page, token, held, key_matrix, column, wanted, LIST, SHAPE
+        )
         store_elements(page, key_at, x, mask, LIST.element)
-        x, _ = load_slots(
-            cache + SHAPE.dims, blocks, layer_page, tokens, slot, valid, count, value_matrix,
-            column, wanted, LIST, SHAPE,
+        x = load_vectors(
+            cache + SHAPE.dims, blocks, layer_page, token, held, value_matrix, column, wanted, LIST,
+            SHAPE,
         )  # fmt: skip
         store_elements(page, value_at, x, mask, LIST.element)
 
 
 @triton.jit(do_not_specialize=["first_layer", "span", "num_pages"])
 def pack_list_page(
-    cache, blocks, hadamard, key_basis, value_basis, first_layer, order, table, span, pages,
-    num_pages, LIST: tl.constexpr, FORMAT: tl.constexpr, FORMATS: tl.constexpr,
+    cache, blocks, hadamard, key_basis, value_basis, first_layer, order, table, span, code_scales,
+    pages, num_pages, LIST: tl.constexpr, FORMAT: tl.constexpr, FORMATS: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Make one page of one format. Grid: pages that the longest list may have, rows.
@@ -235,6 +233,7 @@ def pack_list_page(
         hadamard: see :func:`.paged.matrix_of`; ``key_basis`` and ``value_basis`` as well.
         order: int32 ``[rows, FORMATS, span]``, see :func:`.place.order_tokens`.
         table: int64 ``[rows, FORMATS, 2]``, see :func:`.place.first_pages`.
+        code_scales: of all tokens, see :func:`.window_kernels.token_sums`.
         pages: written, uint8 ``[num_pages, page_bytes]``; a page beyond them is not.
         FORMAT: which format.
     """
@@ -252,10 +251,15 @@ def pack_list_page(
         key_matrix = matrix_of(hadamard, key_basis, row, SPACE)
         value_matrix = matrix_of(hadamard, value_basis, row, SPACE)
         if LIST.quantized:
-            pack_key_codes(cache, blocks, layer_page, tokens, count, key_matrix, page, LIST, SHAPE)
-            pack_value_codes(
-                cache, blocks, layer_page, tokens, count, value_matrix, page, LIST, SHAPE
+            rows = tl.num_programs(1).to(tl.int64)
+            key_scales = code_scales + (2 * LIST.candidate * rows + row) * span
+            pack_key_codes(
+                cache, blocks, layer_page, tokens, count, key_matrix, key_scales, page, LIST, SHAPE
             )
+            pack_value_codes(
+                cache, blocks, layer_page, tokens, count, value_matrix, key_scales + rows * span,
+                page, LIST, SHAPE,
+            )  # fmt: skip
         else:
             pack_elements(
                 cache, blocks, layer_page, tokens, count, key_matrix, value_matrix, page, LIST,

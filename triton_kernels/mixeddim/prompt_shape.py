@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,13 @@ class SpaceShape(KernelConstant):
         """Factor of the product."""
         size = self.geometry.head_size
         return 1.0 if self.in_basis else float(size & -size) ** -0.5
+
+    @property
+    def has_ties(self) -> bool:
+        """Whether sums of a 16-bit cache over their scale may lie just between two codes: where the
+        factor is a power of two, which adds no digits.
+        """
+        return math.log2(self.norm).is_integer()
 
     @property
     def dims(self) -> int:

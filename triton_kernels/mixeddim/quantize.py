@@ -58,6 +58,43 @@ def mid_rise(x, per_step, BITS: tl.constexpr):
 
 
 @triton.jit
+def halves(x):
+    """The first and the second half of a tile's columns."""
+    pairs = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def add_products(x, y, total):
+    """``total`` and the products of four parts of a tile's columns."""
+    left, right = halves(x)
+    other_left, other_right = halves(y)
+    x0, x1 = halves(left)
+    x2, x3 = halves(right)
+    y0, y1 = halves(other_left)
+    y2, y3 = halves(other_right)
+    return tl.fma(x3, y3, tl.fma(x2, y2, tl.fma(x1, y1, tl.fma(x0, y0, total))))
+
+
+@triton.jit
+def row_products(x, y):
+    """Sums of ``x * y`` over each row of a tile.
+
+    Columns are cut into eight parts, which lie in the same threads, as the matrix units give them:
+    so most products are added as they are made, where a sum over all has a tree of additions.
+    """
+    COLUMNS: tl.constexpr = x.shape[1]
+    if (COLUMNS == 64) | (COLUMNS == 128):
+        left, right = halves(x)
+        other_left, other_right = halves(y)
+        total = tl.zeros([x.shape[0], COLUMNS // 8], tl.float32)
+        total = add_products(left, other_left, total)
+        return tl.sum(add_products(right, other_right, total), axis=1)
+    else:
+        return tl.sum(x * y, axis=1)
+
+
+@triton.jit
 def scale_bits(
     x, exists, NORM: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr
 ):
@@ -77,14 +114,14 @@ def scale_bits(
         # Nudged up so that rounding to bfloat16 never clips the largest element.
         return bfloat16_bits(tl.max(tl.abs(x), axis=1) * NORM * (1.00390625 / 127))
     else:
-        mean = tl.sum(x * x, axis=1) * (NORM * NORM / RANK)
+        mean = row_products(x, x) * (NORM * NORM / RANK)
         first = tl.maximum(tl.sqrt_rn(mean) * STEP, SMALLEST_STEP)
         level = mid_rise(x, NORM / first, BITS) - (2**BITS - 1) / 2
         if RANK < x.shape[1]:
             level = tl.where(exists, level, 0.0)
         # Least squares: the scale that fits the codes best.
-        fitted = tl.sum(x * level, axis=1) * NORM
-        return bfloat16_bits(tl.div_rn(fitted, tl.sum(level * level, axis=1)))
+        fitted = row_products(x, level) * NORM
+        return bfloat16_bits(tl.div_rn(fitted, row_products(level, level)))
 
 
 @triton.jit
@@ -105,6 +142,22 @@ def divide_rows(x, y):
 
 
 @triton.jit
+def codes_of(x, bits, NORM: tl.constexpr, BITS: tl.constexpr):
+    """Codes of each row of a tile at its scale: float32, anything where a column does not exist.
+
+    Args:
+        x: see :func:`scale_bits`.
+        bits: bfloat16 bits of the scales that it found, uint16 ``[rows]``.
+    """
+    step = tl.maximum(float_of_bfloat16(bits), SMALLEST_STEP)
+    if BITS == 8:
+        # The scale is large enough for every element.
+        return (divide_rows(x, step * (1 / NORM)) + ROUND_SIGNED) - (ROUND_SIGNED - 128)
+    else:
+        return mid_rise(x, NORM / step, BITS)
+
+
+@triton.jit
 def quantize_rows(
     x, exists, NORM: tl.constexpr, RANK: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr
 ):
@@ -115,13 +168,7 @@ def quantize_rows(
         scales' bfloat16 bits, uint16 ``[rows]``.
     """
     bits = scale_bits(x, exists, NORM, RANK, BITS, STEP)
-    step = tl.maximum(float_of_bfloat16(bits), SMALLEST_STEP)
-    if BITS == 8:
-        # The scale is large enough for every element.
-        codes = (divide_rows(x, step * (1 / NORM)) + ROUND_SIGNED) - (ROUND_SIGNED - 128)
-    else:
-        codes = mid_rise(x, NORM / step, BITS)
-    return codes, bits
+    return codes_of(x, bits, NORM, BITS), bits
 
 
 @triton.jit
@@ -131,10 +178,19 @@ def byte_of(x):
 
 
 @triton.jit
-def errors_in_steps(x, bits, NORM: tl.constexpr, BITS: tl.constexpr):
-    """Elements less what their codes stand for, in units of their row's scale, ``bits``."""
-    per_step = NORM / tl.maximum(float_of_bfloat16(bits), SMALLEST_STEP)
-    if BITS == 8:
+def errors_in_steps(x, bits, NORM: tl.constexpr, TIES: tl.constexpr, BITS: tl.constexpr):
+    """Elements less what their codes stand for, in units of their row's scale, ``bits``.
+
+    Args:
+        x: see :func:`scale_bits`.
+        TIES: whether quotients just between two codes have to go to the even one, as packing's.
+    """
+    step = tl.maximum(float_of_bfloat16(bits), SMALLEST_STEP)
+    per_step = NORM / step
+    if (BITS == 8) & TIES:
+        place = divide_rows(x, step * (1 / NORM))
+        return place - ((place + ROUND_SIGNED) - ROUND_SIGNED)
+    elif BITS == 8:
         nearest = tl.fma(x, per_step[:, None], ROUND_SIGNED) - ROUND_SIGNED
         return tl.fma(x, per_step[:, None], -nearest)
     else:

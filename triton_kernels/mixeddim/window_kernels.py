@@ -13,10 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .elements import float_of_bfloat16
+from .elements import bfloat16_bits, float_of_bfloat16
 from .fast_math import exp2_flushed, reciprocal
 from .paged import key_offsets, load_rows, matrix_of, product, rotated_rows
-from .quantize import errors_in_steps, quantize_rows, scale_bits
+from .quantize import errors_in_steps, quantize_rows, row_products, scale_bits
 from .softmax import LOWEST
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -136,7 +136,7 @@ def code_errors(rows, NUMBER: tl.constexpr, SHAPE: tl.constexpr):
     NORM: tl.constexpr = SHAPE.hadamard.norm
     wanted = (tl.arange(0, SHAPE.padded_dims) < SHAPE.dims)[None, :]
     bits = scale_bits(rows, wanted, NORM, SHAPE.dims, FORMAT.bits, FORMAT.step)
-    errors = errors_in_steps(rows, bits, NORM, FORMAT.bits)
+    errors = errors_in_steps(rows, bits, NORM, SHAPE.hadamard.has_ties, FORMAT.bits)
     if SHAPE.dims < SHAPE.padded_dims:
         errors = tl.where(wanted, errors, 0.0)
     return errors, float_of_bfloat16(bits)
@@ -144,25 +144,16 @@ def code_errors(rows, NUMBER: tl.constexpr, SHAPE: tl.constexpr):
 
 @triton.jit
 def key_operand(
-    rows,
-    cache,
-    offsets,
-    exists,
-    hadamard,
-    basis,
-    head,
-    NUMBER: tl.constexpr,
-    SHAPE: tl.constexpr,
+    rows, cache, offsets, exists, hadamard, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """What queries are multiplied by for a candidate, and the products' factor.
+    """What queries are multiplied by for a candidate, and the products' factor: scales of codes.
 
-    Errors need few bits: as float16, with queries as one float16, what they add to a score is right
-    to 11 bits. Keys of a basis share no score with keys as they are; see :func:`held_keys`.
+    Errors need few bits: as float16, with queries as one float16, what they take from a score is
+    right to 11 bits. Keys of a basis share no score with keys as they are; see :func:`held_keys`.
     """
     FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
     if SHAPE.by_errors[NUMBER]:
-        operand, step = code_errors(rows, NUMBER, SHAPE)
-        factor = -step
+        operand, factor = code_errors(rows, NUMBER, SHAPE)
         if FORMAT.splits_queries:
             operand = operand.to(tl.float16)
     else:
@@ -241,14 +232,7 @@ def query_log_sums(
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
         if CANDIDATE < 0:
             scores = scale * exact_scores(
-                queries + start_of * SHAPE.dims,
-                first,
-                count,
-                cache,
-                offsets,
-                exists,
-                SHAPE,
-                TILE,
+                queries + start_of * SHAPE.dims, first, count, cache, offsets, exists, SHAPE, TILE
             )
         else:
             held, factor = held_keys(
@@ -300,6 +284,26 @@ def merge_log_sums(parts, rest_parts, count, shares, rest_shares, log_sums, TILE
 
 
 @triton.jit
+def keep_scales(
+    code_scales, plane, token, exists, scale, NUMBER: tl.constexpr, SIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Write the scales of some tokens' codes for packing; of elements there are none.
+
+    Args:
+        code_scales: see :func:`token_sums`, from the head's first one on.
+        plane: scales of all heads.
+        scale: float32 ``[tokens]``, each exactly a bfloat16.
+        NUMBER: which of ``SHAPE.candidates``.
+        SIDE: 0 for keys, 1 for values.
+    """
+    FORMAT: tl.constexpr = SHAPE.candidates[NUMBER]
+    if FORMAT.quantized:
+        to = code_scales + (2 * NUMBER + SIDE) * plane + token
+        tl.store(to, bfloat16_bits(scale), mask=exists)
+
+
+@triton.jit
 def moved_by(
     operand, factor, rotated, halves, first, count, away, log_sum, probability, rest, totals,
     NUMBER: tl.constexpr, SHAPE: tl.constexpr, TILE: tl.constexpr,
@@ -324,7 +328,7 @@ def moved_by(
         total = tl.load(totals + query, mask=query < count, other=float("inf"))[None, :]
         changed = exp2_flushed(scores - total)
     elif OF_ERRORS:
-        changed = reciprocal(tl.fma(rest, exp2_flushed(away - scores), 1.0))
+        changed = reciprocal(tl.fma(rest, exp2_flushed(away + scores), 1.0))
     else:
         changed = reciprocal(tl.fma(rest, exp2_flushed(log_sum - scores), 1.0))
     return tl.sum(tl.abs(changed - probability), axis=1)
@@ -333,8 +337,8 @@ def moved_by(
 @triton.jit(do_not_specialize=["first_layer", "span", "count"])
 def token_sums(
     cache, blocks, queries, rotated, halves, hadamard, basis, first_layer, span, count, scale,
-    log_sums, sums, masses, SHAPE: tl.constexpr, TILE: tl.constexpr, TOKENS: tl.constexpr,
-    SHARE: tl.constexpr,
+    log_sums, sums, masses, code_scales, SHAPE: tl.constexpr, TILE: tl.constexpr,
+    TOKENS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Sums over queries for a share of tokens, of every candidate. Grid: shares, heads.
 
@@ -347,6 +351,8 @@ def token_sums(
         sums: written, float32 ``[1 + candidates, heads, span]``: ``sum_q P``, then
             ``sum_q |P_f - P|``.
         masses: written, float32 ``[heads, shares]``: sums of ``sum_q P``.
+        code_scales: written, bfloat16 bits, uint16 ``[candidates, 2, heads, span]``: the scales of
+            keys' codes, where a candidate has any; ``[:, 1]`` is for those of values.
     """
     CANDIDATES: tl.constexpr = SHAPE.num_candidates
     PASSES: tl.constexpr = max(1, (CANDIDATES + 1) // 2)
@@ -360,6 +366,7 @@ def token_sums(
     halves += 2 * start_of * SHAPE.rotated_width
     log_sums += start_of
     sums += head.to(tl.int64) * span
+    code_scales += head.to(tl.int64) * span
     mass_sum = tl.zeros([TOKENS], tl.float32)
     for start in tl.range(share * SHARE, tl.minimum((share + 1) * SHARE, span), TOKENS):
         token = start + tl.arange(0, TOKENS)
@@ -371,11 +378,18 @@ def token_sums(
                 first_operand, first_factor = key_operand(
                     rows, cache, offsets, exists, hadamard, basis, head, 2 * number, SHAPE
                 )
+                keep_scales(
+                    code_scales, plane * span, token, exists, first_factor, 2 * number, 0, SHAPE
+                )
                 first_factor *= scale
             if 2 * number + 1 < CANDIDATES:
                 second_operand, second_factor = key_operand(
                     rows, cache, offsets, exists, hadamard, basis, head, 2 * number + 1, SHAPE
                 )
+                keep_scales(
+                    code_scales, plane * span, token, exists, second_factor, 2 * number + 1, 0,
+                    SHAPE,
+                )  # fmt: skip
                 second_factor *= scale
             mass = tl.zeros([TOKENS], tl.float32)
             first_moved = tl.zeros([TOKENS], tl.float32)
@@ -419,7 +433,7 @@ def token_sums(
 def value_lost(
     rows, cache, offsets, exists, square, basis, head, NUMBER: tl.constexpr, SHAPE: tl.constexpr
 ):
-    """Squared error of values as a format would hold them, ``[tokens]``.
+    """Squared errors of values as a format would hold them, and its codes' scales: ``[tokens]``.
 
     Args:
         rows: see :func:`whole_rotated`.
@@ -432,7 +446,7 @@ def value_lost(
     SPACE: tl.constexpr = FORMAT.space
     if FORMAT.in_hadamard:
         off, step = code_errors(rows, NUMBER, SHAPE)
-        lost = tl.sum(off * off, axis=1) * step * step
+        lost = row_products(off, off) * step * step
     else:
         dim = tl.arange(0, FORMAT.padded_rank)
         wanted = dim < FORMAT.rank
@@ -440,20 +454,22 @@ def value_lost(
         kept = rotated_rows(cache, offsets, exists, matrix, dim, wanted, SPACE)
         # Orthonormal columns: what the projection loses is what it does not hold.
         lost = tl.maximum(square - tl.sum(kept * kept, axis=1), 0.0)
+        step = tl.full([offsets.shape[0]], 1.0, tl.float32)
         if FORMAT.quantized:
             codes, bits = quantize_rows(
                 kept, wanted[None, :], SPACE.norm, FORMAT.rank, FORMAT.bits, FORMAT.step
             )
-            off = kept - (codes - FORMAT.zero) * float_of_bfloat16(bits)[:, None]
+            step = float_of_bfloat16(bits)
+            off = kept - (codes - FORMAT.zero) * step[:, None]
             off = tl.where(wanted[None, :], off, 0.0)
             lost += tl.sum(off * off, axis=1)
-    return lost
+    return lost, step
 
 
 @triton.jit(do_not_specialize=["first_layer", "span"])
 def value_errors(
-    cache, blocks, hadamard, basis, first_layer, span, norms, errors, SHAPE: tl.constexpr,
-    TOKENS: tl.constexpr, SHARE: tl.constexpr,
+    cache, blocks, hadamard, basis, first_layer, span, norms, errors, code_scales,
+    SHAPE: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
     """Norms of values, and of what each format loses of them. Grid: shares, heads.
 
@@ -461,6 +477,7 @@ def value_errors(
         hadamard: see :func:`matrix_of`; ``basis`` as well, of values.
         norms: written, float32 ``[heads, span]``.
         errors: written, float32 ``[candidates, heads, span]``.
+        code_scales: see :func:`token_sums`; those of values are written.
     """
     CANDIDATES: tl.constexpr = SHAPE.num_candidates
     share = tl.program_id(0)
@@ -469,6 +486,7 @@ def value_errors(
     plane = tl.num_programs(1).to(tl.int64) * span
     norms += head.to(tl.int64) * span
     errors += head.to(tl.int64) * span
+    code_scales += head.to(tl.int64) * span
     cache += SHAPE.dims
     for first in tl.range(share * SHARE, tl.minimum((share + 1) * SHARE, span), TOKENS):
         token = first + tl.arange(0, TOKENS)
@@ -476,12 +494,15 @@ def value_errors(
         offsets = key_offsets(blocks, page, token, exists, SHAPE)
         rows = whole_rotated(cache, offsets, exists, hadamard, SHAPE)
         if SHAPE.uses_hadamard:
-            square = tl.sum(rows * rows, axis=1) * (SHAPE.hadamard.norm * SHAPE.hadamard.norm)
+            square = row_products(rows, rows) * (SHAPE.hadamard.norm * SHAPE.hadamard.norm)
         else:
             values = load_rows(cache, offsets, exists, 0, SHAPE.dims, SHAPE.padded_dims)
             values = values.to(tl.float32)
             square = tl.sum(values * values, axis=1)
         tl.store(norms + token, tl.sqrt(square), mask=exists)
         for candidate in tl.static_range(CANDIDATES):
-            lost = value_lost(rows, cache, offsets, exists, square, basis, head, candidate, SHAPE)
+            lost, step = value_lost(
+                rows, cache, offsets, exists, square, basis, head, candidate, SHAPE
+            )
             tl.store(errors + candidate * plane + token, tl.sqrt(lost), mask=exists)
+            keep_scales(code_scales, plane, token, exists, step, candidate, 1, SHAPE)

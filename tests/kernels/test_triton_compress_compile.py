@@ -20,7 +20,6 @@ from mdkv_vllm.kernels.triton import (
     page_kernels,
     paged,
     place,
-    window_kernels,
 )
 from mdkv_vllm.kernels.triton.compress import (
     LOSS_TOKENS,
@@ -29,10 +28,17 @@ from mdkv_vllm.kernels.triton.compress import (
     SPLIT_TILE,
     Tiles,
 )
+from mdkv_vllm.kernels.triton.log_sum_kernels import (
+    merge_log_sums,
+    query_log_sums,
+    split_queries,
+)
 from mdkv_vllm.kernels.triton.loss_kernel import finish_losses, plain_losses
 from mdkv_vllm.kernels.triton.pack import PackShape, pack_list_page
 from mdkv_vllm.kernels.triton.prompt_shape import PromptShape
 from mdkv_vllm.kernels.triton.shapes import padded
+from mdkv_vllm.kernels.triton.token_sum_kernels import token_sums
+from mdkv_vllm.kernels.triton.value_error_kernels import value_errors
 
 pytestmark = pytest.mark.slow
 
@@ -99,7 +105,7 @@ def shape_of(names, size, dtype=BF16, loss="hybrid", query_dtype=None, group=4):
 
 def scores(kernel, shape, capability, candidate=-1, test=check, **options):
     geometry = shape.layout.geometry
-    only = kernel is window_kernels.query_log_sums and candidate < 0
+    only = kernel is query_log_sums and candidate < 0
     constants = Tiles.of(geometry, only).options(64)
     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
     constants |= {"SHAPE": shape, "CANDIDATE": candidate, "CAUSAL": True}
@@ -109,7 +115,7 @@ def scores(kernel, shape, capability, candidate=-1, test=check, **options):
 
 
 WINDOW = (
-    window_kernels.query_log_sums, window_kernels.token_sums, window_kernels.value_errors
+    query_log_sums, token_sums, value_errors
 )  # fmt: skip
 
 
@@ -135,16 +141,16 @@ def test_window(kernel, size, dtype, capability):
     ids=lambda shape: str(shape.loss),
 )
 def test_window_of_other_formats(shape, capability):
-    scores(window_kernels.query_log_sums, shape, capability, candidate=1, stack=64)
-    scores(window_kernels.token_sums, shape, capability, stack=64)
-    scores(window_kernels.value_errors, shape, capability, stack=64)
+    scores(query_log_sums, shape, capability, candidate=1, stack=64)
+    scores(token_sums, shape, capability, stack=64)
+    scores(value_errors, shape, capability, stack=64)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_window_of_a_float32_cache_compiles(capability):
     """It may spill: a float32 cache is not what servers on GPUs have."""
     shape = shape_of(DEFAULT, 128, FP32, "solo")
-    scores(window_kernels.token_sums, shape, capability, test=compiled)
+    scores(token_sums, shape, capability, test=compiled)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -175,8 +181,8 @@ def test_small_kernels(capability):
     shape = shape_of(DEFAULT, 128)
     check(plain_losses, {"SHAPE": shape, "TOKENS": LOSS_TOKENS}, capability)
     check(finish_losses, {"SHAPE": shape, "TOKENS": LOSS_TOKENS}, capability)
-    check(window_kernels.merge_log_sums, {"TILE": MAX_TILE_QUERIES}, capability, 2)
-    check(window_kernels.split_queries, {"TILE": SPLIT_TILE}, capability)
+    check(merge_log_sums, {"TILE": MAX_TILE_QUERIES}, capability, 2)
+    check(split_queries, {"TILE": SPLIT_TILE}, capability)
     check(place.order_tokens, {"FORMATS": 3}, capability, NUM_WARPS)
     check(place.first_pages, {"FORMATS": 3}, capability)
 

@@ -23,19 +23,15 @@ from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.prompt import PagedTokens, Prompt
 
 from .allocate import allocate
+from .log_sum_kernels import merge_log_sums, query_log_sums, split_queries
 from .loss_kernel import finish_losses, plain_losses
 from .pack import PackShape, pack_list_page
 from .place import first_pages, order_tokens
 from .prompt_shape import PromptShape
 from .shapes import padded
-from .window_kernels import (
-    LOG2_E,
-    merge_log_sums,
-    query_log_sums,
-    split_queries,
-    token_sums,
-    value_errors,
-)
+from .token_sum_kernels import token_sums
+from .value_error_kernels import value_errors
+from .window_scores import LOG2_E
 
 SHARE = 512
 """Tokens of a program: even a prompt of 4K at 8 heads fills 64 programs a layer."""

@@ -24,9 +24,9 @@ def plain_losses(
     Grid: token tiles, heads.
 
     Args:
-        sums: see :func:`.window_kernels.token_sums`; ``masses`` as well.
-        norms: see :func:`.window_kernels.value_errors`; then losses of dropping.
-        errors: see :func:`.window_kernels.value_errors`; then losses at the candidates.
+        sums: see :func:`.token_sum_kernels.token_sums`; ``masses`` as well.
+        norms: see :func:`.value_error_kernels.value_errors`; then losses of dropping.
+        errors: see :func:`.value_error_kernels.value_errors`; then losses at the candidates.
         shares: of ``masses``, per head.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)

@@ -24,7 +24,7 @@ from .paged import key_offsets, load_rows, matrix_of, rotated_rows
 from .prompt_shape import CandidateShape, PromptShape, SpaceShape
 from .quantize import byte_of, codes_of, tile_vectors
 from .shapes import KernelConstant, ListShape, padded
-from .window_kernels import page_of
+from .window_scores import page_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -233,7 +233,7 @@ def pack_list_page(
         hadamard: see :func:`.paged.matrix_of`; ``key_basis`` and ``value_basis`` as well.
         order: int32 ``[rows, FORMATS, span]``, see :func:`.place.order_tokens`.
         table: int64 ``[rows, FORMATS, 2]``, see :func:`.place.first_pages`.
-        code_scales: of all tokens, see :func:`.window_kernels.token_sums`.
+        code_scales: of all tokens, see :func:`.token_sum_kernels.token_sums`.
         pages: written, uint8 ``[num_pages, page_bytes]``; a page beyond them is not.
         FORMAT: which format.
     """

@@ -13,20 +13,23 @@ serve: setup
 demo: setup
 	$(BIN)/mdkv demo --port $(or $(PORT),8000)
 
+# Files of tests in the order of their names: those that take minutes are not the last ones.
+PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Everything that needs no GPU, two tests at a time: first without servers, then with them; then those
 # that keep deadlines, one by one.
 test:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest -m "not server and not alone" -n 2 --dist loadfile --durations 10
-	$(BIN)/python -m pytest -m "server and not alone" -n 2 --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m "not server and not alone" $(PAIRS) --durations 10
+	$(BIN)/python -m pytest -m "server and not alone" $(PAIRS) --durations 10
 	$(BIN)/python -m pytest -m alone --durations 10
 	$(MAKE) test-next-vllm
 
 test-fast:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest -m "not server and not slow and not model" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not server and not slow and not model" $(PAIRS)
 
 # The plugin and one real server on vLLM 0.33, for which the index has no CPU build yet.
 NEXT_VLLM := build/vllm-0.33

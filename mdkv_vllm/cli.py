@@ -85,8 +85,11 @@ def _parser() -> argparse.ArgumentParser:
 
     if find_spec("mdkv_vllm.eval") is None:
         for name in ("eval", "inspect"):
-            absent = commands.add_parser(name, help="not in this installation")
-            absent.add_argument("arguments", nargs=argparse.REMAINDER)
+            # No prefix: whatever follows is taken, options too.
+            absent = commands.add_parser(
+                name, help="not in this installation", prefix_chars="\0", add_help=False
+            )
+            absent.add_argument("arguments", nargs="*")
             absent.set_defaults(run=_not_here)
     else:
         _add_evaluation(commands)
@@ -108,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _not_here(options: argparse.Namespace) -> int:
     raise ValueError(
-        "evaluation is not part of a serving image; install it elsewhere with "
-        "pip install 'mdkv-vllm[eval]' (--server URL asks a running server)"
+        "evaluation is not part of a serving image; install the project from its source folder "
+        "(--server URL asks a running server)"
     )
 
 

@@ -31,7 +31,7 @@ def compile_kernels(
     for batch in batches:
         small = Load(load.heads, batch, min(load.tokens, 1024), load.layers)
         inputs = build(small, holding, 1, device().where, _generator(seed))
-        Call(inputs, device().where, kernel).step(0)
+        Call(inputs, kernel).step(0)
         device().synchronize()
     yield {"kind": "compiled", "name": f"{load.heads.name}, {holding.name}"}
 

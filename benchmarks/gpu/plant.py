@@ -26,8 +26,8 @@ def around(make: MakeDecode) -> MakeDecode:
     if not _armed:
         return make
 
-    def faulty(setting: DecodeConfig) -> DecodeKernel:
-        return _Faulty(make(setting))
+    def faulty(config: DecodeConfig) -> DecodeKernel:
+        return _Faulty(make(config))
 
     return faulty
 

@@ -30,7 +30,14 @@ class GpuDecode(ABC):
         lse: torch.Tensor | None = None,
         recent: torch.Tensor | None = None,
     ) -> None:
-        """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
+        """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`.
+
+        Raises:
+            ValueError: something has not a row per query.
+        """
+        for name, tensor in {"output": output, "lse": lse, "recent": recent}.items():
+            if tensor is not None and len(tensor) != len(query):
+                raise ValueError(f"{name}: {len(tensor)} rows for {len(query)} queries")
         for start in range(0, query.shape[0], self._config.max_queries):
             some = slice(start, start + self._config.max_queries)
             self._launch(

@@ -66,7 +66,7 @@ class Image:
             inside = Path(name).relative_to(source) if Path(name) != Path(source) else ""
             folder = destination / inside if inside else destination / Path(name).name
             folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder)
+            shutil.copy(ROOT / name, folder, follow_symlinks=False)
 
     def _run(self, command, log):
         stamp = self.folder / command.replace("/", "-")

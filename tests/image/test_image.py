@@ -80,6 +80,8 @@ def test_the_package_is_not_editable_and_its_ops_load(run):
 def test_evaluation_stays_outside_and_calibration_is_there(run):
     told = run("mdkv", "eval", "some/model", "--offline", fails=True)
     assert "evaluation is not part of a serving image" in told
+    told = run("mdkv", "inspect", "--prompt", "file", "model", fails=True)
+    assert "evaluation is not part of a serving image" in told
     assert "inspect.html" not in run("pip", "show", "--files", "mdkv-vllm")
     assert "--per-length" in run("mdkv", "head-scores", "--help")
 

@@ -15,30 +15,33 @@ from mdkv_vllm.testing.leases import Model, Request
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
+EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
+"""A format of every kind and width."""
 
-def attend(name, options, setting, query, layer, batch, output, lse):
+
+def attend(name, options, config, query, layer, batch, output, lse):
     """Attend once, scratch memory poisoned; what was written, the cache, and the kept queries."""
-    kernel = _made(name, setting, options)
+    kernel = _made(name, config, options)
     for tensor in kernel.scratch():
         tensor.view(torch.uint8).fill_(0xFF)
     recent = torch.full(query.shape, torch.nan, dtype=query.dtype)
     kernel.attend(query, layer, batch, output, lse, recent)
-    return output, lse, setting.kv_cache, recent
+    return output, lse, config.kv_cache, recent
 
 
-def _made(name: str, setting: DecodeConfig, options: dict[str, Any]):
+def _made(name: str, config: DecodeConfig, options: dict[str, Any]):
     if name == "triton":
         from mdkv_vllm.kernels.triton.decode import TritonDecode
 
-        return TritonDecode(setting, options.get("programs", 24))
+        return TritonDecode(config, options.get("programs", 24))
     if name == "cuda":
         from cuda_host.process import configure
 
         from mdkv_vllm.kernels.cuda.decode import CudaDecode
 
-        configure(setting.kv_cache, options.get("order", "threads backwards"))
-        return CudaDecode(setting, options.get("programs", 24))
-    return DECODE[name](setting)
+        configure(config.kv_cache, options.get("order", "threads backwards"))
+        return CudaDecode(config, options.get("programs", 24))
+    return DECODE[name](config)
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,17 @@ class Case(leases.Case):
         self.runner, self.options, self.lse_error = runner, options, runner.lse_error
 
     def decode(self, query, layer, query_rows, lengths, scale, output, lse):
-        setting = DecodeConfig(
-            self.kv_cache, self.layout, self.model.group, self.calibrated, scale, len(query)
+        config = DecodeConfig(
+            self.kv_cache,
+            self.layout,
+            self.model.group,
+            self.calibrated,
+            scale,
+            self.options.get("most", len(query)),
         )
         batch = DecodeBatch(self.block_table, query_rows, lengths, self.leases)
         *results, recent = self.runner.attend(
-            setting, query, layer, batch, output, lse, **self.options
+            config, query, layer, batch, output, lse, **self.options
         )
         for written, result in zip((output, lse, self.kv_cache), results, strict=True):
             if result is not written:

@@ -72,81 +72,81 @@ def locate_fault(model, name, seed, fault=None):
 def check_cuda(model, mix, seed, shift=0):
     """Where the CUDA kernels run on the CPU; every length is ``shift`` too long."""
 
-    def too_long(kernel, setting, query, layer, batch, output, lse):
+    def too_long(kernel, config, query, layer, batch, output, lse):
         lengths = torch.where(batch.lengths > 0, batch.lengths + shift, batch.lengths)
         kernel.attend(query, layer, replace(batch, lengths=lengths), output, lse)
 
-    made = replace(CUDA, make=lambda setting: FaultyDecode(CUDA.make(setting), setting, too_long))
+    made = replace(CUDA, make=lambda config: FaultyDecode(CUDA.make(config), config, too_long))
     (outcome,) = check.check_variant(model, mix, seed, made)
     return outcome
 
 
 def _faulty(fault):
     spoil = FAULTS[fault]
-    return replace(TRITON, make=lambda setting: FaultyDecode(TRITON.make(setting), setting, spoil))
+    return replace(TRITON, make=lambda config: FaultyDecode(TRITON.make(config), config, spoil))
 
 
 class FaultyDecode:
     """A decode kernel that another function calls, with a fault in it."""
 
-    def __init__(self, kernel, setting, attend):
-        self._kernel, self._setting, self._attend = kernel, setting, attend
+    def __init__(self, kernel, config, attend):
+        self._kernel, self._config, self._attend = kernel, config, attend
 
     def attend(self, query, layer, batch, output, lse=None, recent=None):
-        self._attend(self._kernel, self._setting, query, layer, batch, output, lse)
+        self._attend(self._kernel, self._config, query, layer, batch, output, lse)
 
     def scratch(self):
         return self._kernel.scratch()
 
 
-def _right(kernel, setting, query, layer, batch, output, lse):
+def _right(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
 
 
-def _scaled(kernel, setting, query, layer, batch, output, lse):
+def _scaled(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
     output.mul_(1.05)
 
 
-def _unwritten(kernel, setting, query, layer, batch, output, lse):
+def _unwritten(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
     output[-2, -1, -1] = torch.nan
 
 
-def _last_token_missed(kernel, setting, query, layer, batch, output, lse):
+def _last_token_missed(kernel, config, query, layer, batch, output, lse):
     shorter = DecodeBatch(
         batch.block_table, batch.query_rows, (batch.lengths - 1).clamp(min=0), batch.leases
     )
     kernel.attend(query, layer, shorter, output, lse)
 
 
-def _cache_written(kernel, setting, query, layer, batch, output, lse):
+def _cache_written(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
-    setting.kv_cache.view(torch.uint8).view(-1)[5] ^= 1
+    config.kv_cache.view(torch.uint8).view(-1)[5] ^= 1
 
 
-def _wrong_from_eleven(kernel, setting, query, layer, batch, output, lse):
+def _wrong_from_eleven(kernel, config, query, layer, batch, output, lse):
     """Where a list (of every head and layer) has eleven tokens or more, in one dimension."""
     kernel.attend(query, layer, batch, output, lse)
     for index, row in enumerate(batch.query_rows.tolist()):
         first, tail = batch.leases[row].tolist()
-        block = setting.kv_cache[batch.block_table[row, first]].view(torch.uint8).flatten()
+        block = config.kv_cache[batch.block_table[row, first]].view(torch.uint8).flatten()
         held = int(block[:4].view(torch.int32)) if tail else int(batch.lengths[index])
         if held >= 11:
             output[index, 0, 7] += 1
 
 
-def _beside_written(kernel, setting, query, layer, batch, output, lse):
+def _beside_written(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
     output.as_strided((1,), (1,), 0).zero_()
 
 
-def _padding_written(kernel, setting, query, layer, batch, output, lse):
+def _padding_written(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
     output[-1] = 1
 
 
-def _lse_off(kernel, setting, query, layer, batch, output, lse):
+def _lse_off(kernel, config, query, layer, batch, output, lse):
     kernel.attend(query, layer, batch, output, lse)
     if lse is not None:
         lse.add_(0.05)

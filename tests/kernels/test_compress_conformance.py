@@ -116,9 +116,9 @@ def test_other_losses(kernels, loss):
     found = losses_of(kernels, suited(kernels, prompt, cache), range(2))
     expected = losses_of(REFERENCE, plain(prompt, cache), range(2))
     dropped, coded, kept = relative_errors(found, expected).tolist()
-    # What codes do to a score is found in half precision.
     assert max(dropped, kept) < 2e-5
-    assert coded < 1e-3
+    # GPUs find what codes do to a score in half precision.
+    assert coded < (1e-3 if kernels.reads_pages else 2e-5)
 
 
 def test_some_layers_of_many(kernels):
@@ -215,7 +215,7 @@ def test_pack_of_a_float32_cache(kernels):
 
 
 def decoded(result, layout, plan, queries, basis):
-    """Attention over the lease alone, read from an cache in which its blocks are shuffled."""
+    """Attention over the lease alone, read from a cache in which its blocks are shuffled."""
     geometry, blocks = layout.geometry, plan.num_lease_blocks
     shape = layout.pages_per_block, geometry.block_size, 2 * geometry.head_size
     kv_cache = torch.full((blocks + 3, *shape), torch.nan, dtype=geometry.dtype)

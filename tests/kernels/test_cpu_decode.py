@@ -10,7 +10,7 @@ from dataclasses import replace
 import decode_runners
 import pytest
 import torch
-from decode_runners import Case
+from decode_runners import EVERY_FORMAT, Case
 
 from mdkv_vllm.kernels.cpu import cpu_isas
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
@@ -18,7 +18,6 @@ from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import Model, Request
 
 RUNNER = decode_runners.cpu()
-EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 
 
 def test_long_request_is_split_over_threads():
@@ -73,8 +72,8 @@ def decode_one(case: Case, **changes: torch.Tensor) -> None:
     }
     others |= {name: value for name, value in changes.items() if name in others}
     changed = {name: value for name, value in changes.items() if name not in others}
-    setting = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 1)
-    CpuDecode(setting).attend(
+    config = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 1)
+    CpuDecode(config).attend(
         others["query"], 0, replace(batch, **changed), others["output"], others["lse"]
     )
 

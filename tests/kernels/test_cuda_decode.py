@@ -6,12 +6,10 @@ import decode_runners
 import pytest
 import torch
 from cuda_host import process as host
-from decode_runners import Case, run_ragged
+from decode_runners import EVERY_FORMAT, Case, run_ragged
 
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import Model, Request, ragged
-
-EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +62,9 @@ def test_shares_weigh_the_same(runner, programs):
     lengths = torch.tensor(case.totals, dtype=torch.int32)
     rows = torch.arange(5, dtype=torch.int32)
     batch = DecodeBatch(case.block_table, rows, lengths, case.leases)
-    setting = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 5)
+    config = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 5)
     output, lse = torch.empty(5, 6, 64), torch.empty(5, 6)
-    call = setting, case.query(5, 6, 64), 1, batch, output, lse
+    call = config, case.query(5, 6, 64), 1, batch, output, lse
     owners, weights = runner.process.submit(host.shares, {"programs": programs}, *call).result()
     weighed, heaviest = weigh_pages(case, 1, weights), weights.max()
     assert torch.equal(owners >= 0, weighed > 0)

@@ -57,7 +57,7 @@ def arguments(block_size=16):
     )
 
 
-def setting(layout, group, kv_cache=None, max_queries=1):
+def config(layout, group, kv_cache=None, max_queries=1):
     """Of a model without a calibrated basis."""
     if kv_cache is None:
         kv_cache = torch.empty(0)
@@ -67,7 +67,7 @@ def setting(layout, group, kv_cache=None, max_queries=1):
 def call(layout, group, a):
     """In the process; what was refused."""
     try:
-        kernel = CudaDecode(setting(layout, group, a.kv_cache, 2), 4)
+        kernel = CudaDecode(config(layout, group, a.kv_cache, 2), 4)
         batch = DecodeBatch(a.block_table, a.query_rows, a.lengths, a.leases)
         kernel.attend(a.query, a.layer, batch, a.output, a.lse, a.recent)
     except (CudaKernelError, ValueError) as error:
@@ -115,7 +115,7 @@ def plan(layout, group, kib):
     """In the process; warps, stages and bytes, or what was refused."""
     library().mdkv_host_device(kib << 10)
     try:
-        found = CudaDecode(setting(layout, group)).plan
+        found = CudaDecode(config(layout, group)).plan
     except (CudaKernelError, ValueError) as error:
         return str(error)
     return found.warps, found.stages, found.shared_bytes
@@ -135,8 +135,8 @@ def test_stages_fit(process, device, head_size):
 def decode_after_another_plan(layout, small, a):
     """In the process: a plan of large pages, one of small pages, then a call by the first."""
     library().mdkv_host_device(227 << 10)
-    kernel = CudaDecode(setting(layout, 3, a.kv_cache, 2))
-    other = CudaDecode(setting(small, 3))
+    kernel = CudaDecode(config(layout, 3, a.kv_cache, 2))
+    other = CudaDecode(config(small, 3))
     batch = DecodeBatch(a.block_table, a.query_rows, a.lengths, a.leases)
     refused = ""
     try:

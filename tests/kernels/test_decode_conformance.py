@@ -5,11 +5,10 @@ import decode_runners
 import interpreter
 import pytest
 import torch
-from decode_runners import BF16, FP16, FP32, Case, run_ragged
+from decode_runners import BF16, EVERY_FORMAT, FP16, FP32, Case, run_ragged
 
 from mdkv_vllm.testing.leases import Model, Request
 
-EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 DTYPES = (BF16, FP16, FP32)
 
 
@@ -51,21 +50,27 @@ def test_single_format(runner, name, dtype):
     case.check([0, 1], case.totals)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("head_size", [8, 32, 40, 64, 72, 80, 96, 112, 128, 256, 512])
-def test_head_sizes(runner, head_size):
+def test_head_sizes(runner, head_size, dtype):
     if head_size not in runner.head_sizes:
         pytest.skip(f"{runner.name} is not tried with heads of {head_size}")
     names = ("r4", "i8", "i4", "i2", "full") + (("r32i8",) if head_size > 32 else ())
-    run_ragged(runner, Model(names, head_size, dtype=FP16), seed=head_size)
+    run_ragged(runner, Model(names, head_size, dtype=dtype), seed=head_size)
 
 
 @pytest.mark.parametrize(
-    ("head_size", "group"), [(64, 1), (128, 4), (128, 8), (256, 1), (96, 4), (80, 8)]
-)
-def test_groups_of_head_sizes(runner, head_size, group):
+    ("head_size", "group", "dtype"),
+    [
+        (64, 1, FP16), (128, 4, BF16), (128, 8, FP16), (256, 1, BF16), (256, 8, BF16),
+        (96, 4, BF16), (80, 8, FP16), (32, 4, BF16), (112, 8, BF16), (80, 1, BF16), (96, 8, BF16),
+    ],
+)  # fmt: skip
+def test_groups_of_head_sizes(runner, head_size, group, dtype):
     if head_size not in runner.head_sizes:
         pytest.skip(f"{runner.name} is not tried with heads of {head_size}")
-    run_ragged(runner, Model(EVERY_FORMAT, head_size, group, dtype=FP16), seed=head_size + group)
+    names = tuple(name for name in EVERY_FORMAT if head_size > 32 or name != "r32i8")
+    run_ragged(runner, Model(names, head_size, group, dtype=dtype), seed=head_size + group)
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 5, 7, 8, 9, 16, 17])
@@ -73,9 +78,10 @@ def test_groups(runner, group):
     run_ragged(runner, Model(EVERY_FORMAT, kv_heads=1, group=group, dtype=FP16), seed=group)
 
 
+@pytest.mark.parametrize("dtype", [BF16, None])
 @pytest.mark.parametrize("block_size", [8, 32, 48, 128])
-def test_block_sizes(runner, block_size):
-    run_ragged(runner, Model(EVERY_FORMAT, block_size=block_size, dtype=of(runner)))
+def test_block_sizes(runner, block_size, dtype):
+    run_ragged(runner, Model(EVERY_FORMAT, block_size=block_size, dtype=of(runner, dtype)))
 
 
 @pytest.mark.parametrize("query_dtype", DTYPES)
@@ -123,6 +129,12 @@ def test_lease_without_tail(runner):
 def test_no_lease_at_all(runner):
     case = Case(runner, Model(names=("full",)), [Request(0, n) for n in (1, 15, 16, 17, 700)])
     case.check([0, 1, 2, 3, 4], case.totals)
+
+
+def test_more_queries_than_a_launch_takes(runner):
+    case = Case(runner, Model(names=EVERY_FORMAT), [Request(6, 5), Request(0, 40)], most=2)
+    first, second = case.totals
+    case.check([0, 1, 0, 1, 1], [first, second, first - 2, 7, second])
 
 
 def test_padding_row(runner):

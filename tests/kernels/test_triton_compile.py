@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 from compiler import KERNELS, SHARED_LIMIT, compile_kernel
+from decode_runners import EVERY_FORMAT
 
 from mdkv_vllm.kernels.triton import pages
 from mdkv_vllm.kernels.triton.codes import field_asm
@@ -19,7 +20,6 @@ from mdkv_vllm.kernels.triton.shapes import DecodeShape, ListShape
 
 pytestmark = pytest.mark.slow
 
-EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 DEFAULT = ("i4", "i8", "full")
 
 CAPABILITIES = tuple(SHARED_LIMIT)

@@ -4,7 +4,7 @@ import decode_runners
 import interpreter
 import pytest
 import torch
-from decode_runners import Case
+from decode_runners import EVERY_FORMAT, Case
 
 from mdkv_vllm.testing.leases import Model, Request
 
@@ -21,7 +21,6 @@ def runner():
 
 @pytest.mark.parametrize("programs", [1, 40, 10_000])
 def test_any_split(runner, programs):
-    names = ("r16", "r32i8", "i8", "i4", "i2", "full")
-    model = Model(names, kv_heads=1, dtype=torch.float32)
+    model = Model(EVERY_FORMAT, kv_heads=1, dtype=torch.float32)
     case = Case(runner, model, [Request(40, 150), Request(4, 3)], programs=programs)
     case.check([0, 1], case.totals)

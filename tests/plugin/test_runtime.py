@@ -53,7 +53,7 @@ class Worker:
         policy = Policy(config, geometry, LAYERS, HEADS)
         self.kv_cache = torch.randn(BLOCKS, LAYERS * HEADS, BLOCK, 2 * SIZE).to(device)
         self.queries = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE)
-        setting = DecodeConfig(self.kv_cache, policy.layout, GROUP, None, SIZE**-0.5, 8)
+        decode_config = DecodeConfig(self.kv_cache, policy.layout, GROUP, None, SIZE**-0.5, 8)
         compressor = Compressor(
             policy.layout,
             LOSSES[config.loss],
@@ -66,7 +66,7 @@ class Worker:
         self.runtime = Runtime(
             policy,
             compressor,
-            kernel or CpuDecode(setting),
+            kernel or CpuDecode(decode_config),
             SdpaPrefill(),
             self.kv_cache,
             HEADS * GROUP,

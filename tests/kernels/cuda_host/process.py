@@ -37,7 +37,7 @@ def configure(kv_cache: torch.Tensor | None, order: str) -> None:
     library().mdkv_host_configure(*ORDERS[order], ctypes.c_void_p(begin), ctypes.c_int64(size))
 
 
-def shares(options, setting, *call):
+def shares(options, config, *call):
     """Attend once, in the process, as ``decode_runners.attend`` does.
 
     Returns the warp that copied each page of the cache, -1 for none, and the weights of pages, by
@@ -47,10 +47,10 @@ def shares(options, setting, *call):
 
     from mdkv_vllm.kernels.cuda.library import library
 
-    owners = torch.full(setting.kv_cache.shape[:2], -1, dtype=torch.int32)
+    owners = torch.full(config.kv_cache.shape[:2], -1, dtype=torch.int32)
     library().mdkv_host_owners(ctypes.c_void_p(owners.data_ptr()))
-    attend("cuda", options, setting, *call)
+    attend("cuda", options, config, *call)
     library().mdkv_host_owners(None)
-    weights = torch.empty(len(setting.layout.formats.formats) + 1, dtype=torch.int32)
+    weights = torch.empty(len(config.layout.formats.formats) + 1, dtype=torch.int32)
     library().mdkv_host_weights(ctypes.c_void_p(weights.data_ptr()))
     return owners, weights

@@ -285,6 +285,7 @@ def test_threads_change_no_byte(one_thread):
 
 @pytest.mark.skipif("MDKV_CPU_ISA" in os.environ, reason="already one of them")
 @pytest.mark.parametrize("isa", cpu_isas()[1:])
+@pytest.mark.slow
 def test_other_instruction_sets(isa: str):
     tests = "test_round_trip or test_loss_sums or test_lease_of"
     subprocess.run(

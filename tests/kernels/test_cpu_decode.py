@@ -110,6 +110,7 @@ def test_corrupt_page_table_is_refused():
 
 @pytest.mark.skipif("MDKV_CPU_ISA" in os.environ, reason="already one of them")
 @pytest.mark.parametrize("isa", [i for i in ("avx2", "portable") if i in cpu_isas()])
+@pytest.mark.slow
 def test_narrower_instruction_sets(isa: str):
     """The same tests again with the other kernels, which a process chooses once."""
     done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 
 from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
 from mdkv_vllm.testing import leases
-from mdkv_vllm.testing.leases import Model, Request
+from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request
 
 from .call import Call, Kernel
 from .device import device, no_synchronisation
@@ -18,7 +18,6 @@ from .loads import FULL, MODELS, Holding, Load
 from .reference import mixed_decode as float64_decode
 from .trial import NO_ROW, TOLERANCE, Errors, Trial, worst
 
-EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
 DEFAULT = ("i4", "i8", "full")
 GROUPS = (1, 3, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)

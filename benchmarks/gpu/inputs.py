@@ -113,7 +113,7 @@ def list_tokens(
     Returns:
         int64 ``[kv_heads, formats]``.
     """
-    capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+    capacity = layout.formats.capacity(torch.device("cpu"))
     pages = layout.list_pages(lease_blocks)
 
     def scaled(factor: float) -> torch.Tensor:

@@ -28,3 +28,14 @@ typedef struct {
 } mdkv_page_format;
 
 #define MDKV_PAGE_FORMAT_FIELDS 9
+
+// Whether the offsets are those of the rank, the bits and the tokens; for checks before kernels
+// run.
+static inline int mdkv_offsets_fit(const mdkv_page_format* format) {
+  const int32_t section = format->rank * format->tokens_per_page * format->bits / 8;
+  const int32_t first_value =
+      format->kind == MDKV_SLOTS ? format->rank * format->bits / 8 : section;
+  const int32_t scales = format->kind == MDKV_CODES ? 4 * format->tokens_per_page : 0;
+  return format->values_offset == first_value && format->scales_offset == 2 * section &&
+         format->used_bytes >= 2 * section + scales;
+}

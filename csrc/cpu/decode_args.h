@@ -15,6 +15,7 @@
 namespace mdkv {
 
 enum class Element : int32_t { kFloat32, kBFloat16, kFloat16 };
+
 constexpr int kMaxFormats = 16;
 
 // Rows of floats in scratch memory are padded to the widest vector of any instruction set.

@@ -9,14 +9,6 @@
 
 namespace mdkv {
 
-inline Element element_of(at::ScalarType type) {
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf,
-              "element: expected float32, bfloat16 or float16, got ", type);
-  return type == at::kFloat      ? Element::kFloat32
-         : type == at::kBFloat16 ? Element::kBFloat16
-                                 : Element::kFloat16;
-}
-
 // Checks that a tensor holds descriptors, and says how many.
 inline int64_t count_formats(const at::Tensor& formats) {
   TORCH_CHECK(formats.scalar_type() == at::kInt && formats.dim() == 2 &&
@@ -50,10 +42,8 @@ inline Format read_format(const at::Tensor& formats, int64_t index, Element elem
               "formats: tokens_per_page ", format.tokens_per_page, " of format ", index);
   TORCH_CHECK(format.used_bytes <= page_bytes, "formats: format ", index, " needs ",
               format.used_bytes, " bytes of a page of ", page_bytes);
-  const int64_t section = format.rank * format.key_row_bytes();
-  TORCH_CHECK(format.values_offset == (format.slots() ? format.value_row_bytes() : section) &&
-                  format.scales_offset == 2 * section && format.used_bytes >= format.scales_offset,
-              "formats: the offsets of format ", index, " are not of its rank and bits");
+  TORCH_CHECK(mdkv_offsets_fit(&format), "formats: the offsets of format ", index,
+              " are not of its rank and bits");
   return format;
 }
 

@@ -10,6 +10,7 @@
 #include "compress_tensors.h"
 #include "formats.h"
 #include "isa.h"
+#include "tensors.h"
 
 namespace mdkv {
 namespace {
@@ -54,9 +55,9 @@ int64_t pack_layer(at::TensorList keys, at::TensorList values, const at::Tensor&
   std::vector<FormatVectors> vectors;
   int64_t most_scratch = 0;
   for (int64_t f = 0; f < num_formats; ++f) {
-    const Format read = read_format(formats, f, element_of(element), pages.size(1));
-    vectors.push_back(
-        vectors_of(keys[f], values[f], read, choice, element_of(element), pages.size(1)));
+    const Format read = read_format(formats, f, element_of(element, "element"), pages.size(1));
+    vectors.push_back(vectors_of(keys[f], values[f], read, choice, element_of(element, "element"),
+                                 pages.size(1)));
     const Format& format = vectors.back().args.format;
     most_scratch = std::max<int64_t>(most_scratch, int64_t{format.rank} * format.tokens_per_page);
   }

@@ -28,7 +28,7 @@ void pack_pages(const at::Tensor& keys, const at::Tensor& values, const at::Tens
               "pages: expected contiguous uint8 [pages, page_bytes], got ", pages.scalar_type(),
               " ", pages.sizes());
   TORCH_CHECK(count_formats(format) == 1, "format: expected one, got ", format.sizes());
-  const Element type = element_of(element);
+  const Element type = element_of(element, "element");
   const PackArgs args{read_format(format, 0, type, pages.size(1)), type, pages.size(1)};
   const int64_t rank = args.format.rank;
   check_vectors(keys, "keys", rank);

@@ -173,11 +173,7 @@ inline std::string check_shape(const mdkv_shape& shape) {
         format.used_bytes > page_bytes || (slots && format.tokens_per_page != shape.block_size)) {
       return name + number(format.tokens_per_page) + " tokens in a page";
     }
-    const int section = format.rank * format.tokens_per_page * format.bits / 8;
-    if (format.values_offset != (slots ? format.rank * format.bits / 8 : section) ||
-        format.scales_offset != 2 * section ||
-        format.used_bytes < 2 * section + (codes ? 4 * format.tokens_per_page : 0) ||
-        (codes && format.zero_halves != 2 * code_zero(format.bits))) {
+    if (!mdkv_offsets_fit(&format) || (codes && format.zero_halves != 2 * code_zero(format.bits))) {
       return name + "offsets or zero point are not those of its rank and bits";
     }
   }

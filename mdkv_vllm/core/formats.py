@@ -263,14 +263,13 @@ class FormatSet:
         Args:
             tokens: int64 ``[..., formats]``, tokens of each list.
         """
-        capacity = _capacity(self, tokens.device)
+        capacity = self.capacity(tokens.device)
         return (tokens + capacity - 1) // capacity
 
-
-@cache
-def _capacity(formats: FormatSet, device: torch.device) -> torch.Tensor:
-    """Tokens per page of each format, copied to the device once."""
-    return torch.tensor([f.tokens_per_page for f in formats.formats], device=device)
+    @cache
+    def capacity(self, device: torch.device) -> torch.Tensor:
+        """Tokens per page of each format: int64 ``[formats]``, copied to the device once."""
+        return torch.tensor([f.tokens_per_page for f in self.formats]).to(device)
 
 
 def full_format(geometry: PageGeometry) -> PageFormat:

@@ -164,8 +164,8 @@ class LayerKernels(Protocol):
         ...
 
 
-class ReferenceKernels:
-    """:class:`LayerKernels` and :class:`CompressionKernels` in plain torch, on any device."""
+class LayerByLayer(LayerKernels):
+    """What makes :class:`LayerKernels` also :class:`CompressionKernels`, but for the allocation."""
 
     layers_at_once = 1
     reads_pages = False
@@ -177,6 +177,10 @@ class ReferenceKernels:
     def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
         """See :class:`LayerKernels`."""
         return torch.bmm(vectors, encoder)
+
+
+class ReferenceKernels(LayerByLayer):
+    """:class:`LayerKernels` and :class:`CompressionKernels` in plain torch, on any device."""
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int

@@ -46,7 +46,7 @@ class Workload:
         shape = (REQUESTS * held, heads, geometry.block_size, 2 * geometry.head_size)
         self.kv_cache = torch.zeros(shape, dtype=geometry.dtype, device=device)
         pages = self.layout.list_pages(lease) // (heads * lists)
-        capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+        capacity = layout.formats.capacity(torch.device("cpu"))
         table = self.layout.page_table((pages * capacity).expand(1, heads, lists))
         raw = table.contiguous().view(torch.uint8).flatten().to(device)
         blocks = self.kv_cache.view(torch.uint8).view(REQUESTS, -1)

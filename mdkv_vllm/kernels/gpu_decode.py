@@ -38,8 +38,12 @@ class GpuDecode(ABC):
         for name, tensor in {"output": output, "lse": lse, "recent": recent}.items():
             if tensor is not None and len(tensor) != len(query):
                 raise ValueError(f"{name}: {len(tensor)} rows for {len(query)} queries")
-        for start in range(0, query.shape[0], self._config.max_queries):
-            some = slice(start, start + self._config.max_queries)
+        most = self._config.max_queries
+        if 0 < len(query) <= most:  # nearly always, for every layer of every step
+            self._launch(query, layer, batch, output, lse, recent)
+            return
+        for start in range(0, len(query), most):
+            some = slice(start, start + most)
             self._launch(
                 query[some],
                 layer,

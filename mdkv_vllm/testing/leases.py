@@ -10,6 +10,8 @@ from mdkv_vllm.core.formats import PageFormat, PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.packing import pack_list, pack_rows
 
+EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
+"""A format of every kind and width."""
 POISON = 0xFF
 """Fills what no kernel may use; a NaN in every element type and in every scale."""
 
@@ -149,7 +151,7 @@ class Case:
     def draw_tokens(self, lease_blocks: int, fill: float) -> torch.Tensor:
         """Tokens of each list of a lease: int64 ``[layers, kv_heads, formats]``."""
         layout = self.layout
-        capacity = torch.tensor([f.tokens_per_page for f in layout.formats.formats])
+        capacity = layout.formats.capacity(torch.device("cpu"))
         share = torch.rand(layout.table_shape[:3], generator=self.gen)
         share[torch.rand(share.shape, generator=self.gen) < 0.15] = 0  # some empty lists
         lists = layout.list_pages(lease_blocks)

@@ -15,9 +15,6 @@ from mdkv_vllm.testing.leases import Model, Request
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-EVERY_FORMAT = ("r16", "r32i8", "i8", "i4", "i2", "full")
-"""A format of every kind and width."""
-
 
 def attend(name, options, config, query, layer, batch, output, lse):
     """Attend once, scratch memory poisoned; what was written, the cache, and the kept queries."""

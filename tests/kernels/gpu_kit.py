@@ -31,7 +31,6 @@ from benchmarks.gpu import (
 )
 from benchmarks.gpu.call import CUDA, TRITON
 from benchmarks.gpu.stages import build
-from mdkv_vllm.kernels.interface import DecodeBatch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
@@ -114,9 +113,7 @@ def _unwritten(kernel, config, query, layer, batch, output, lse):
 
 
 def _last_token_missed(kernel, config, query, layer, batch, output, lse):
-    shorter = DecodeBatch(
-        batch.block_table, batch.query_rows, (batch.lengths - 1).clamp(min=0), batch.leases
-    )
+    shorter = replace(batch, lengths=(batch.lengths - 1).clamp(min=0))
     kernel.attend(query, layer, shorter, output, lse)
 
 

@@ -105,7 +105,6 @@ def test_losses(kernels, names, size, group, window, span, after, dtype, query_d
     # Another order of sums moves the scale or a code of few vectors, and so their loss a little; a
     # pooled loss passes that on to neighbours.
     assert max(errors.values()) < 1e-2
-
     moved = ((found - expected).abs() > 1e-2 * expected).float().mean((0, 2, 3))
     assert float(moved.max()) < (0.02 if loss == "paper" else 0.1)
 

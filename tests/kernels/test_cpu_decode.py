@@ -10,12 +10,12 @@ from dataclasses import replace
 import decode_runners
 import pytest
 import torch
-from decode_runners import EVERY_FORMAT, Case
+from decode_runners import Case
 
 from mdkv_vllm.kernels.cpu import cpu_isas
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
-from mdkv_vllm.testing.leases import Model, Request
+from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request
 
 RUNNER = decode_runners.cpu()
 

@@ -6,10 +6,10 @@ import decode_runners
 import pytest
 import torch
 from cuda_host import process as host
-from decode_runners import EVERY_FORMAT, Case, run_ragged
+from decode_runners import Case, run_ragged
 
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
-from mdkv_vllm.testing.leases import Model, Request, ragged
+from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request, ragged
 
 
 @pytest.fixture(scope="module")

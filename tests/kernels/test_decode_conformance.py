@@ -5,9 +5,9 @@ import decode_runners
 import interpreter
 import pytest
 import torch
-from decode_runners import BF16, EVERY_FORMAT, FP16, FP32, Case, run_ragged
+from decode_runners import BF16, FP16, FP32, Case, run_ragged
 
-from mdkv_vllm.testing.leases import Model, Request
+from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request
 
 DTYPES = (BF16, FP16, FP32)
 

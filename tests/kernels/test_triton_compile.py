@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 
 import triton.language as tl
 from compiler import KERNELS, SHARED_LIMIT, compile_kernel
-from decode_runners import EVERY_FORMAT
 
 from mdkv_vllm.kernels.triton import pages
 from mdkv_vllm.kernels.triton.codes import field_asm
 from mdkv_vllm.kernels.triton.shapes import DecodeShape, ListShape
+from mdkv_vllm.testing.leases import EVERY_FORMAT
 
 pytestmark = pytest.mark.slow
 

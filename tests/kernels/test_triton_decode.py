@@ -4,9 +4,9 @@ import decode_runners
 import interpreter
 import pytest
 import torch
-from decode_runners import EVERY_FORMAT, Case
+from decode_runners import Case
 
-from mdkv_vllm.testing.leases import Model, Request
+from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request
 
 pytestmark = pytest.mark.slow
 

@@ -78,11 +78,6 @@ def signs(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return hadamard(size).sign().to(dtype).to(device)
 
 
-@cache
-def _capacities(formats: FormatSet, device: torch.device) -> torch.Tensor:
-    return torch.tensor([f.tokens_per_page for f in formats.formats]).to(device)
-
-
 Queries = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """By KV head: ``[heads, window * group, dims]`` as they are; float32 ``[heads, window * group,
 rotated_width]`` in the formats' spaces; and these as two float16, ``[heads, 2, ...]``."""
@@ -185,7 +180,7 @@ class PagedGroup:
         table = torch.empty(self._heads, number, 2, dtype=torch.int64, device=device)
         end = torch.empty_like(first_page)
         first_pages[(1,)](
-            tokens, _capacities(formats, device), first_page, self._heads * number, table, end,
+            tokens, formats.capacity(device), first_page, self._heads * number, table, end,
             FORMATS=number,
         )  # fmt: skip
         for index, fmt in enumerate(formats.formats):

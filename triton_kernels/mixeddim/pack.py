@@ -59,12 +59,6 @@ class PackShape(ListShape, KernelConstant):
         """Bytes of every K row that a tile makes."""
         return self.tile_tokens // self.fields
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of a page in use; zeros follow."""
-        scales = 4 * self.tokens_per_page if self.quantized else 0
-        return 2 * self.section_bytes + scales
-
 
 @triton.jit
 def slot_tokens(tokens, slot, valid, count):
@@ -127,7 +121,7 @@ def pack_key_codes(
     column_dim = tl.arange(0, RANK)
     wanted = column_dim < LIST.rank
     dim = column_dim[None, :]
-    scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16))
+    scales = (page + LIST.scales_offset).to(tl.pointer_type(tl.uint16))
     for first in range(0, LIST.key_row, COLUMNS):
         in_tile = tl.arange(0, FIELDS * COLUMNS)
         byte = first + in_tile // (FIELDS * NEAR) * NEAR + in_tile % NEAR
@@ -165,7 +159,7 @@ def pack_value_codes(
     byte = column % BYTES
     field = column // BYTES
     wanted = byte < LIST.value_row
-    scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16)) + LIST.tokens_per_page
+    scales = (page + LIST.scales_offset).to(tl.pointer_type(tl.uint16)) + LIST.tokens_per_page
     rows = page + LIST.section_bytes
     for first in range(0, LIST.tokens_per_page, TOKENS):
         slot = first + tl.arange(0, TOKENS)

@@ -83,7 +83,7 @@ def attend_codes(
         number = tile // LIST.chunks
         start = tile % LIST.chunks * BYTES
         page = lease_page(cache, blocks, first_block, first_page + number, SHAPE)
-        scales = (page + 2 * LIST.section_bytes).to(tl.pointer_type(tl.uint16))
+        scales = (page + LIST.scales_offset).to(tl.pointer_type(tl.uint16))
         packed_keys = load_byte_rows(page, start, PART, SHAPE)
         # Every field of K's bytes is a run of tokens. All are loaded before any is used.
         in_list, packed_values, key_scales, value_scales = (), (), (), ()

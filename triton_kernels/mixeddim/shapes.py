@@ -110,6 +110,16 @@ class ListShape(KernelConstant):
         return self.format.section_bytes
 
     @property
+    def scales_offset(self) -> int:
+        """Where a page's K scales start; those of V follow."""
+        return self.format.scales_offset
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of a page in use."""
+        return self.format.used_bytes
+
+    @property
     def key_row(self) -> int:
         """Bytes (codes) or elements of a K row."""
         return self.tokens_per_page // self.fields

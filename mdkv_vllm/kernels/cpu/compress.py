@@ -7,31 +7,18 @@ from collections.abc import Sequence
 import torch
 
 from mdkv_vllm.core.allocate import Allocation, allocate_layers
-from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
-from mdkv_vllm.core.layers import LayerGroup
+from mdkv_vllm.core.kernels import LayerByLayer
 from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.core.losses import Loss
-from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.kernels.cpu.formats import format_table
 
 
-class CpuKernels:
+class CpuKernels(LayerByLayer):
     """:class:`mdkv_vllm.core.kernels.LayerKernels` and ``CompressionKernels`` in C++.
 
     The result does not depend on the number of threads.
     """
-
-    layers_at_once = 1
-    reads_pages = False
-
-    def layers(self, prompt: Prompt, layers: range, bases: Basis | None) -> LayerGroup:
-        """See :class:`mdkv_vllm.core.kernels.CompressionKernels`."""
-        return LayerGroup(self, prompt, layers, bases)
-
-    def rotate(self, vectors: torch.Tensor, encoder: torch.Tensor) -> torch.Tensor:
-        """See :class:`mdkv_vllm.core.kernels.LayerKernels`."""
-        return torch.bmm(vectors, encoder)
 
     def round_trip(
         self, keys: torch.Tensor, values: torch.Tensor, bits: int
@@ -72,7 +59,7 @@ class CpuKernels:
     def _allocate_pool(
         self, losses: torch.Tensor, formats: FormatSet, num_pages: int
     ) -> Allocation:
-        capacity = torch.tensor([f.tokens_per_page for f in formats.formats])
+        capacity = formats.capacity(losses.device)
         return Allocation(
             *torch.ops.mdkv.allocate(losses.contiguous(), capacity, formats.drop, num_pages)
         )

@@ -30,7 +30,13 @@ TAIL_LINES = 25
 """Of a job's output, kept where it did not end well."""
 EXIT_SECONDS = 5
 """That a process may take to end when it has told everything."""
-PRELOADED = ["torch", "triton", "gpu.call", "gpu.check", "gpu.compress_check"]
+PRELOADED = [
+    "torch",
+    "triton",
+    "benchmarks.gpu.call",
+    "benchmarks.gpu.check",
+    "benchmarks.gpu.compress_check",
+]
 """Imported once, in the process that jobs are forked from; none of it touches the GPU."""
 
 

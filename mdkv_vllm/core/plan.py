@@ -1,28 +1,53 @@
-"""The lease plan: which blocks of a prompt stay, as a pure function both sides can call.
+"""The plan of a request: its segments and which of their blocks stay, as pure functions.
 
 vLLM's scheduler frees blocks and its worker rewrites them, in different processes.
 Both compute the same plan from the same few numbers, so no message passes between them.
 
-    prompt   |<------------- span: whole blocks ------------>|<- window and later ->|
-    blocks   | freed: keep their prefix-cache hash  | lease  |  full dimension      |
-             0                                 first_lease_block   tail_block
+    tokens   |<------- segment 0: whole blocks ------->|<-- segment 1 -->| ... |<- tail ->|
+    blocks   | freed: keep their hash        | lease   | freed  | lease  | ... | full     |
+             0                   first_lease_block     end_block
+
+A segment is ripe when the ``window`` tokens behind its boundary are computed: their queries score
+it. One that a prompt makes ripe is compressed at once, between two steps. Of answers, whose segments
+may ripen together in many requests, each may wait for :data:`SLACK_TOKENS` more tokens of its
+request, so that steps share the work.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
+from itertools import count, takewhile
+
+SLACK_TOKENS = 32
+"""Tokens that a request may compute after a segment of its answer is ripe before that segment is
+compressed."""
+AUTO_PROMPT_TOKENS = 8192
+"""The longest prompt that is one segment where the rule is :attr:`Rule.AUTO`."""
+
+
+class Rule(Enum):
+    """Where the segments of a prompt end; those of an answer always follow every stride."""
+
+    AUTO = "auto"
+    """One segment up to :data:`AUTO_PROMPT_TOKENS`, else rolling."""
+    ROLLING = "rolling"
+    """At every multiple of the stride, and at the prompt's end less the window."""
+    PROMPT = "prompt"
+    """At the prompt's end less the window alone."""
 
 
 class SkipReason(Enum):
-    """Why a prompt stays uncompressed."""
+    """Why a request stays uncompressed."""
 
     DISABLED = "disabled"
     """Compression is off on this server."""
     FULL_BUDGET = "full_budget"
     """Its budget keeps everything."""
     TOO_SHORT = "too_short"
-    """It has fewer than ``min_prompt_tokens`` tokens."""
+    """Its prompt has fewer than ``min_prompt_tokens`` tokens, and its answer is not compressed."""
     NO_SAVING = "no_saving"
     """Page table, formats and whole blocks leave nothing to give back."""
     SHARED_BLOCKS = "shared_blocks"
@@ -34,88 +59,256 @@ class SkipReason(Enum):
 
 
 @dataclass(frozen=True)
-class LeaseTerms:
+class PlanTerms:
     """What a plan depends on besides the prompt: fixed for a server, or set per request.
 
     Attributes:
         block_size: tokens in one vLLM block.
-        window: prompt tokens at the end that always stay at full dimension.
-        min_prompt_tokens: shorter prompts are left alone.
-        budget: share of the prompt's KV bytes to keep, in (0, 1]; 1 means no compression.
+        window: tokens behind a boundary that score the segment before it; a prompt's last ones.
+        min_prompt_tokens: a shorter prompt has no boundary at its end.
+        budget: share of the KV bytes to keep, in (0, 1]; 1 means no compression.
+        segment_tokens: the stride, a multiple of ``block_size``.
+        rule: where the segments of a prompt end.
+        answers: whether answers are compressed; without, a prompt is one segment, the only one.
         min_blocks: blocks a lease needs whatever the budget (page table, prompt basis).
         floor_tokens_per_page: tokens per page of the cheapest format where no token may be
-            dropped, which bounds the lease from below; None where dropping is allowed.
+            dropped, which bounds a lease from below; None where dropping is allowed.
     """
 
     block_size: int
     window: int
     min_prompt_tokens: int
     budget: float
+    segment_tokens: int
+    rule: Rule = Rule.AUTO
+    answers: bool = True
     min_blocks: int = 1
     floor_tokens_per_page: int | None = None
 
+    @property
+    def stride(self) -> int:
+        """Blocks of a segment that does not end with a prompt."""
+        return self.segment_tokens // self.block_size
+
 
 @dataclass(frozen=True)
-class LeasePlan:
-    """Blocks of one prompt after compression.
+class Segment:
+    """Consecutive blocks of a request that one compression takes.
 
     Attributes:
-        prompt_tokens: length of the prompt.
-        first_lease_block: block-table index of the first block kept; those before it are
-            freed.
-        tail_block: block-table index of the first block at full dimension; the lease is
-            ``first_lease_block .. tail_block - 1``.
+        first_block: block-table index of its first block.
+        first_lease_block: of the first block kept; those of the segment before it are freed.
+        end_block: its boundary, one past its last block; the lease is
+            ``first_lease_block .. end_block - 1``.
         block_size: tokens in one block.
+        ripe_at: computed tokens from which it may be compressed; the ``window`` queries before are
+            those that score it.
+        due_at: computed tokens at which it is compressed before anything else is computed, so
+            that its blocks may be freed.
     """
 
-    prompt_tokens: int
+    first_block: int
     first_lease_block: int
-    tail_block: int
+    end_block: int
     block_size: int
+    ripe_at: int
+    due_at: int
 
     @property
     def num_lease_blocks(self) -> int:
-        """Blocks the compressed span keeps."""
-        return self.tail_block - self.first_lease_block
+        """Blocks that it keeps."""
+        return self.end_block - self.first_lease_block
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it has before it is compressed."""
+        return self.end_block - self.first_block
+
+    @property
+    def first_token(self) -> int:
+        """Its first token's position."""
+        return self.first_block * self.block_size
+
+    @property
+    def end_token(self) -> int:
+        """The position behind its last token."""
+        return self.end_block * self.block_size
 
     @property
     def span_tokens(self) -> int:
-        """Prompt tokens that are compressed."""
-        return self.tail_block * self.block_size
+        """Tokens that are compressed."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def lease(self) -> tuple[int, int]:
+        """First block of the lease and the one behind its last."""
+        return self.first_lease_block, self.end_block
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """The segments of a request, however many tokens it gets to.
+
+    Attributes:
+        prompt_tokens: length of its prompt.
+        terms: everything else that they depend on.
+    """
+
+    prompt_tokens: int
+    terms: PlanTerms
+
+    @cached_property
+    def prompt_segments(self) -> tuple[Segment, ...]:
+        """Those that ripen with the prompt."""
+        terms, segments = self.terms, list[Segment]()
+        boundaries = self._prompt_boundaries()
+        for end in boundaries:
+            first = segments[-1].end_block if segments else 0
+            last = end == boundaries[-1]
+            covered = self.prompt_tokens if last else end * terms.block_size
+            ripe_at = self.prompt_tokens if last else covered + terms.window
+            made = _segment(first, end, covered, ripe_at, ripe_at, terms)
+            if made is None:
+                break
+            segments.append(made)
+        return tuple(segments)
+
+    def segments(self) -> Iterator[Segment]:
+        """All of them in order, without an end where answers are compressed."""
+        yield from self.prompt_segments
+        terms = self.terms
+        if not terms.answers:
+            return
+        begin = self.prompt_segments[-1].end_block if self.prompt_segments else 0
+        for end in count(begin + terms.stride, terms.stride):
+            covered = end * terms.block_size
+            ripe_at = covered + terms.window
+            due_at = ripe_at + (SLACK_TOKENS if ripe_at > self.prompt_tokens else 0)
+            made = _segment(end - terms.stride, end, covered, ripe_at, due_at, terms)
+            if made is None:
+                return
+            yield made
+
+    @property
+    def first_lease_block(self) -> int | None:
+        """Where its first lease will begin, whenever that is; None where it never has one."""
+        first = next(self.segments(), None)
+        return first.first_lease_block if first else None
+
+    def ripe(self, computed_tokens: int) -> list[Segment]:
+        """Those that may be compressed after so many computed tokens."""
+        return list(takewhile(lambda one: one.ripe_at <= computed_tokens, self.segments()))
+
+    def due(self, computed_tokens: int) -> list[Segment]:
+        """Those that are compressed for certain, and whose blocks may be freed."""
+        return list(takewhile(lambda one: one.due_at <= computed_tokens, self.segments()))
+
+    def blocks_held(self, computed_tokens: int) -> int:
+        """Blocks that are held after so many computed tokens, when everything due is freed."""
+        due = self.due(computed_tokens)
+        behind = due[-1].end_block if due else 0
+        blocks = max(-(-computed_tokens // self.terms.block_size), behind)
+        return sum(one.num_lease_blocks for one in due) + blocks - behind
 
     @property
     def kept_share(self) -> float:
-        """Bytes kept of the prompt (lease and tail) over its full bytes."""
-        tail_tokens = self.prompt_tokens - self.span_tokens
-        kept = self.num_lease_blocks * self.block_size + tail_tokens
-        return kept / self.prompt_tokens
+        """Bytes kept of the prompt, leases and what is behind them, over its full bytes."""
+        size, segments = self.terms.block_size, self.prompt_segments
+        freed = sum(one.num_blocks - one.num_lease_blocks for one in segments)
+        return 1 - freed * size / self.prompt_tokens
+
+    def _prompt_boundaries(self) -> list[int]:
+        """Blocks at which the prompt's segments end, if they save anything."""
+        terms = self.terms
+        if self.prompt_tokens < max(terms.min_prompt_tokens, terms.window + 1):
+            return []
+        end = (self.prompt_tokens - terms.window) // terms.block_size
+        rolling = terms.rule is Rule.ROLLING or (
+            terms.rule is Rule.AUTO and self.prompt_tokens > AUTO_PROMPT_TOKENS
+        )
+        if not rolling or not terms.answers:
+            return [end]
+        # The last one is not much shorter than a stride: half of it at least.
+        inner = range(terms.stride, end - terms.stride // 2 + 1, terms.stride)
+        return [*inner, end]
 
 
-def plan_lease(prompt_tokens: int, terms: LeaseTerms) -> LeasePlan | SkipReason:
-    """Plan the lease of a prompt, or say why it stays uncompressed.
+def plan_request(prompt_tokens: int, terms: PlanTerms) -> RequestPlan | SkipReason:
+    """Plan a request's segments, or say why it never has any.
 
-    The budget covers everything the prompt holds: lease (with its page table and prompt
-    basis) and the full-dimension tail of the prompt. It is met from below, in whole
-    blocks, except that a lease is never smaller than ``min_blocks`` nor than its formats'
-    floor.
+    The budget covers all that a segment's tokens hold: its lease (with page table and prompt
+    basis) and, of the segment that ends a prompt, the prompt's full-dimension rest. It is met from
+    below, in whole blocks, except that a lease is never smaller than ``min_blocks`` nor than its
+    formats' floor.
 
     Args:
         prompt_tokens: length of the prompt.
         terms: everything else the plan depends on.
     """
-    kept_tokens = terms.budget * prompt_tokens
-    if kept_tokens >= prompt_tokens:
+    if terms.budget >= 1:
         return SkipReason.FULL_BUDGET
-    if prompt_tokens < terms.min_prompt_tokens:
-        return SkipReason.TOO_SHORT
-    tail_block = (prompt_tokens - terms.window) // terms.block_size
-    span_tokens = tail_block * terms.block_size
-    tail_tokens = prompt_tokens - span_tokens
-    affordable = int((kept_tokens - tail_tokens) // terms.block_size)
-    lease_blocks = max(affordable, terms.min_blocks)
+    plan = RequestPlan(prompt_tokens, terms)
+    if plan.first_lease_block is not None:
+        return plan
+    short = prompt_tokens < max(terms.min_prompt_tokens, terms.window + 1)
+    return SkipReason.TOO_SHORT if short else SkipReason.NO_SAVING
+
+
+def most_blocks(terms: PlanTerms, tokens: int, in_flight_tokens: int) -> int:
+    """Blocks that no request of so many tokens or fewer ever holds more than.
+
+    Args:
+        terms: its terms.
+        tokens: of prompt and answer together.
+        in_flight_tokens: that may be scheduled beyond those that are known to be computed.
+    """
+    size, full = terms.block_size, -(-tokens // terms.block_size)
+    stride = _lease_blocks(terms.stride, terms.segment_tokens, terms)
+    if terms.budget >= 1 or not terms.answers or stride is None:
+        return full
+    rate = max(stride / terms.stride, terms.budget)
+    if terms.floor_tokens_per_page is not None:
+        rate = max(rate, size / terms.floor_tokens_per_page)
+    leases = int(rate * full) + 1 + terms.min_blocks
+    behind = terms.window + SLACK_TOKENS + in_flight_tokens + 2 * size
+    rolled = leases + (3 * terms.segment_tokens // 2 + behind) // size
+    whole = {Rule.ROLLING: 0, Rule.AUTO: AUTO_PROMPT_TOKENS, Rule.PROMPT: tokens}[terms.rule]
+    # A prompt that is one segment has no lease before it ends.
+    return min(full, max(rolled, (whole + behind) // size))
+
+
+def _segment(
+    first: int, end: int, covered: int, ripe_at: int, due_at: int, terms: PlanTerms
+) -> Segment | None:
+    """A segment of the blocks ``first .. end - 1``; None where it would save nothing.
+
+    Args:
+        first: its first block.
+        end: one past its last.
+        covered: position behind the last token that its share of the budget covers.
+        ripe_at: see :class:`Segment`.
+        due_at: see :class:`Segment`.
+        terms: the request's.
+    """
+    lease = _lease_blocks(end - first, covered - first * terms.block_size, terms)
+    if lease is None:
+        return None
+    return Segment(first, end - lease, end, terms.block_size, ripe_at, due_at)
+
+
+def _lease_blocks(blocks: int, covered_tokens: int, terms: PlanTerms) -> int | None:
+    """Blocks that a segment keeps; None where it would save nothing.
+
+    Args:
+        blocks: of the segment.
+        covered_tokens: that its share of the budget covers, those behind it among them.
+        terms: the request's.
+    """
+    span_tokens = blocks * terms.block_size
+    rest = covered_tokens - span_tokens
+    affordable = int((terms.budget * covered_tokens - rest) // terms.block_size)
+    lease = max(affordable, terms.min_blocks)
     if terms.floor_tokens_per_page is not None:
         floor = terms.min_blocks - 1 + -(-span_tokens // terms.floor_tokens_per_page)
-        lease_blocks = max(lease_blocks, floor)
-    if lease_blocks >= tail_block:
-        return SkipReason.NO_SAVING
-    return LeasePlan(prompt_tokens, tail_block - lease_blocks, tail_block, terms.block_size)
+        lease = max(lease, floor)
+    return lease if lease < blocks else None

@@ -32,6 +32,7 @@ class DecodeConfig:
         basis: the calibrated basis, None where none is used or each prompt has its own.
         scale: factor of the attention scores.
         max_queries: queries of one launch at most; larger batches take several.
+        max_leases: leases of one request at most.
     """
 
     kv_cache: torch.Tensor
@@ -40,6 +41,7 @@ class DecodeConfig:
     basis: Basis | None
     scale: float
     max_queries: int
+    max_leases: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class DecodeBatch:
         query_rows: int32 ``[queries]``, the block-table row of each query.
         lengths: int32 ``[queries]``, keys each query sees, counted from position 0; a query
             of length 0 (padding) gives zeros, and its row is not looked at.
-        leases: int32 ``[rows, 2]``, first lease block and tail block; 0, 0 for no lease.
+        leases: int32 ``[rows, max_leases, 2]``, contiguous: of each lease of a row, in the order of
+            their tokens, its first block and the one behind its last; 0, 0 behind the last lease.
+            What follows the last lease's blocks is at full dimension.
     """
 
     block_table: torch.Tensor
@@ -105,14 +109,17 @@ class Chunk:
     Attributes:
         start: first query token in the batch.
         stop: one past the last.
-        context: tokens in the cache before them.
+        context: tokens before them, whether their keys are kept or not.
         row: the request's row of the block table.
+        leases: of each lease of the request, in the order of their tokens, its first block and the
+            one behind its last; their tokens come before the chunk.
     """
 
     start: int
     stop: int
     context: int
     row: int
+    leases: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -121,7 +128,7 @@ class Chunk:
 
     @property
     def total(self) -> int:
-        """Keys that the last of them sees."""
+        """Position behind the last of them."""
         return self.context + self.tokens
 
 
@@ -139,8 +146,8 @@ class PrefillStep(Protocol):
     ) -> None:
         """Causal attention of every chunk to its context and itself, in one layer.
 
-        The chunks' own keys and values are in the cache already, at full dimension like their
-        context: a prompt is compressed only after its last chunk.
+        The chunks' own keys and values are in the cache already, at full dimension like what is
+        between their request's last lease and them. Of a lease, kept tokens alone are seen.
 
         Args:
             query: ``[tokens, query_heads, head_size]``, the whole batch.

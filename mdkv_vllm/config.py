@@ -13,6 +13,7 @@ import torch
 from mdkv_vllm.core.formats import FormatError, FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.core.plan import Rule
 
 BASIS_FILE = "mixeddim_basis.safetensors"
 """Name under which a calibrated basis is looked for in the model folder."""
@@ -23,6 +24,7 @@ PROMPT_BASIS = "prompt"
 EVEN_HEADS = "even"
 """Value of ``heads`` that gives every layer the same bytes."""
 DEFAULT_BUDGET = 0.25
+DEFAULT_SEGMENT_TOKENS = 512
 DEFAULT_HEAD_SHARE = 0.67
 DEFAULT_HEAD_POWER = 0.5
 BLOCK_NAME = "mixeddim"
@@ -73,8 +75,13 @@ class MixedDimConfig:
         budget: share of each prompt's KV bytes to keep, in (0, 1]. Default 0.25.
         budget_tokens: the same in full-dimension token equivalents per KV head, from 1;
             replaces ``budget``.
-        window: prompt tokens at the end that stay full and whose queries score the rest,
-            1 to 1024.
+        window: tokens behind a segment whose queries score it, 1 to 1024; of a prompt's last
+            segment the prompt's last ones, which stay full.
+        segment_tokens: tokens of a segment of an answer, and of a long prompt; a multiple of the
+            block size, and no less than ``window``.
+        segments: ``prompt`` compresses each prompt as one segment when it has been prefilled;
+            ``rolling`` by ``segment_tokens``, while it is being prefilled; ``auto`` rolls prompts
+            of more than 8,192 tokens.
         formats: ``default``, ``paper``, or a list of format names.
         basis: ``prompt``, a path to a calibrated basis, or None to look for
             ``mixeddim_basis.safetensors`` in the model folder.
@@ -86,7 +93,8 @@ class MixedDimConfig:
         head_power: exponent of the scores, above 0, up to 4; the lower, the more alike are heads
             treated. Default 0.5.
         loss: ``hybrid``, ``pooled``, ``solo`` or ``paper``.
-        min_prompt_tokens: shorter prompts are left alone, from 1.
+        min_prompt_tokens: shorter prompts are no segments of their own, from 1; they are part of
+            their answer's first one.
         kernels: what decodes: ``cpu``, ``triton``, ``cuda``, ``auto`` for the device's default, or
             ``autotune`` for the faster of a GPU's, timed when the server starts.
         prefill: attention while prompts are prefilled: ``flash``, ``xformers``, ``sdpa``, or
@@ -100,6 +108,8 @@ class MixedDimConfig:
     budget: float | None = None
     budget_tokens: int | None = None
     window: int = 16
+    segment_tokens: int = DEFAULT_SEGMENT_TOKENS
+    segments: str = Rule.AUTO.value
     formats: str | tuple[str, ...] = "default"
     basis: str | None = None
     heads: str | None = None
@@ -120,6 +130,8 @@ class MixedDimConfig:
         _check_budget("mixeddim.budget", self.budget)
         _check_budget_tokens("mixeddim.budget_tokens", self.budget_tokens)
         _check_int("mixeddim.window", self.window, 1, MAX_WINDOW)
+        _check_int("mixeddim.segment_tokens", self.segment_tokens, max(64, self.window), None)
+        _check_choice("mixeddim.segments", self.segments, tuple(rule.value for rule in Rule))
         _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
         _check_choice("mixeddim.loss", self.loss, tuple(LOSSES))
         _check_choice("mixeddim.kernels", self.kernels, KERNELS)
@@ -129,6 +141,11 @@ class MixedDimConfig:
             raise ConfigError(
                 f"mixeddim.basis is {self.basis!r}; allowed are 'prompt', the path of a basis "
                 "file, or nothing"
+            )
+        if self.basis == PROMPT_BASIS and self.segments == Rule.ROLLING.value:
+            raise ConfigError(
+                f"mixeddim.segments is {self.segments!r}, but mixeddim.basis is {PROMPT_BASIS!r}, "
+                "with which a request has one segment, its prompt; leave one out"
             )
         self._check_heads()
         ranked = self.formats == "paper" or any(name.startswith("r") for name in self.formats)

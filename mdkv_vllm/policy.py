@@ -1,4 +1,4 @@
-"""The configuration applied to one model: what every prompt's plan and formats are.
+"""The configuration applied to one model: what every request's plan and formats are.
 
 Scheduler and worker each build one from equal arguments and therefore always agree.
 """
@@ -8,10 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from mdkv_vllm.config import PROMPT_BASIS, Budget, MixedDimConfig
+from mdkv_vllm.config import PROMPT_BASIS, Budget, ConfigError, MixedDimConfig
 from mdkv_vllm.core.formats import FormatSet, PageGeometry
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, SkipReason, plan_lease
+from mdkv_vllm.core.plan import (
+    AUTO_PROMPT_TOKENS,
+    PlanTerms,
+    RequestPlan,
+    Rule,
+    Segment,
+    SkipReason,
+    most_blocks,
+    plan_request,
+)
 from mdkv_vllm.request import CompressionRequest
 
 
@@ -24,12 +33,23 @@ class Policy:
         geometry: the cache's sizes.
         num_layers: attention layers on this rank.
         num_kv_heads: KV heads per layer on this rank.
+
+    Raises:
+        ConfigError: segments are not of whole blocks.
     """
 
     config: MixedDimConfig
     geometry: PageGeometry
     num_layers: int
     num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        block, segment = self.geometry.block_size, self.config.segment_tokens
+        if segment % block or segment < 2 * block:
+            raise ConfigError(
+                f"mixeddim.segment_tokens is {segment}; allowed are multiples of the block size "
+                f"{block} from {2 * block} up"
+            )
 
     @cached_property
     def formats(self) -> FormatSet:
@@ -47,32 +67,70 @@ class Policy:
         rank = self.formats.basis_rank if self.prompt_basis else 0
         return LeaseLayout(self.geometry, self.formats, self.num_layers, self.num_kv_heads, rank)
 
-    def plan_request(self, request: CompressionRequest) -> LeasePlan | SkipReason:
-        """Plan a request's lease, or say why it has none."""
+    @property
+    def answers(self) -> bool:
+        """Whether answers are compressed; not where every prompt has a basis of its own."""
+        return not self.prompt_basis
+
+    def plan_request(self, request: CompressionRequest) -> RequestPlan | SkipReason:
+        """Plan a request's segments, or say why it has none."""
         if not request.generates:
             return SkipReason.NOT_GENERATION
         return self.plan(request.prompt_tokens, request.budget)
 
-    def plan(self, prompt_tokens: int, budget: Budget | None = None) -> LeasePlan | SkipReason:
-        """Plan a prompt's lease, or say why it has none.
+    def plan(self, prompt_tokens: int, budget: Budget | None = None) -> RequestPlan | SkipReason:
+        """Plan the segments of a request, or say why it has none.
 
         Args:
-            prompt_tokens: its length.
+            prompt_tokens: length of its prompt.
             budget: its own budget; None for the server's.
         """
         if not self.config.enabled:
             return SkipReason.DISABLED
-        floor = None if self.formats.drop else self.formats.cheapest.tokens_per_page
-        terms = LeaseTerms(
+        return plan_request(prompt_tokens, self.terms(self.share(prompt_tokens, budget)))
+
+    def terms(self, share: float) -> PlanTerms:
+        """What plans depend on besides the prompt, at a share of the bytes to keep."""
+        return PlanTerms(
             block_size=self.geometry.block_size,
             window=self.config.window,
-            min_prompt_tokens=max(self.config.min_prompt_tokens, self.config.window + 1),
-            budget=self.share(prompt_tokens, budget),
+            min_prompt_tokens=self.config.min_prompt_tokens,
+            budget=share,
+            segment_tokens=self.config.segment_tokens,
+            rule=Rule(self.config.segments),
+            answers=self.answers,
             min_blocks=self.layout.min_blocks,
-            floor_tokens_per_page=floor,
+            floor_tokens_per_page=(
+                None if self.formats.drop else self.formats.cheapest.tokens_per_page
+            ),
         )
-        return plan_lease(prompt_tokens, terms)
 
     def share(self, prompt_tokens: int, budget: Budget | None) -> float:
         """The share of a prompt's bytes that its budget asks to keep."""
         return (budget or self.config.default_budget).share_of(prompt_tokens)
+
+    def most_blocks(self, tokens: int, in_flight_tokens: int) -> int:
+        """Blocks that no request with the server's budget ever holds more than.
+
+        Args:
+            tokens: of its prompt and answer together at most.
+            in_flight_tokens: that may be scheduled beyond those that are known to be computed.
+        """
+        share = self.config.budget
+        if not self.config.enabled or share is None:  # a number of tokens is all of short prompts
+            share = 1.0
+        return most_blocks(self.terms(share), tokens, in_flight_tokens)
+
+    def sample_segments(self, tokens: int) -> list[Segment]:
+        """The longest segment of requests of so many tokens at most, and one of an answer."""
+        rule = Rule.PROMPT if not self.answers else Rule(self.config.segments)
+        stride = 3 * self.config.segment_tokens // 2
+        longest = {Rule.PROMPT: tokens, Rule.AUTO: AUTO_PROMPT_TOKENS, Rule.ROLLING: stride}[rule]
+        plans = [self.plan(prompt) for prompt in (min(tokens, longest), 1)]
+        return [next(plan.segments()) for plan in plans if isinstance(plan, RequestPlan)]
+
+    def most_leases(self, tokens: int) -> int:
+        """Leases of a request of so many tokens at most."""
+        if not self.config.enabled:
+            return 1
+        return 2 + tokens // self.config.segment_tokens if self.answers else 1

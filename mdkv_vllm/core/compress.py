@@ -1,4 +1,4 @@
-"""Compress one prompt: losses, allocation and packing.
+"""Compress one segment: losses, allocation and packing.
 
 Layers are taken in groups of the kernels' ``layers_at_once``: the losses of a whole group first,
 then one allocation for all of them, then packing. On CPU a group is one layer
@@ -28,13 +28,13 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import Loss
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.core.prompt import LoadLayer, Prompt
 
 
 @dataclass
-class CompressedPrompt:
-    """A compressed prompt before it is written into its lease; on the prompt's device.
+class CompressedSegment:
+    """A compressed segment before it is written into its lease; on its tokens' device.
 
     Attributes:
         pages: uint8 ``[num_lease_blocks * layers * kv_heads, page_bytes]``.
@@ -78,29 +78,31 @@ class Compressor:
         self,
         load_layer: LoadLayer,
         queries: torch.Tensor,
-        plan: LeasePlan,
+        segment: Segment,
         keep_allocations: bool = False,
-    ) -> CompressedPrompt:
-        """Compress a prompt into the pages of its lease.
+    ) -> CompressedSegment:
+        """Compress a segment into the pages of its lease.
 
         Args:
-            load_layer: reads one layer of the prompt from the cache.
-            queries: float32 ``[layers, query_heads, window, head_size]``, the prompt's last
-                ``window`` queries after rotary embedding; any float type that the kernels take.
-            plan: the prompt's lease plan.
+            load_layer: reads one layer of the segment from the cache.
+            queries: float32 ``[layers, query_heads, window, head_size]``, the segment's window
+                queries after rotary embedding; any float type that the kernels take.
+            segment: how many tokens it has and how many blocks it keeps.
             keep_allocations: keep each layer's choices, for reports.
 
         Raises:
-            ValueError: nothing may be dropped and the plan has too few pages for that.
+            ValueError: nothing may be dropped and the segment has too few pages for that.
         """
         layout, formats, device = self.layout, self.layout.formats, queries.device
-        num_pages = plan.num_lease_blocks * layout.pages_per_block
+        num_pages = segment.num_lease_blocks * layout.pages_per_block
         pages = torch.zeros(num_pages, layout.geometry.page_bytes, dtype=torch.uint8, device=device)
-        result = CompressedPrompt(pages, torch.empty(0))
+        result = CompressedSegment(pages, torch.empty(0))
         first = torch.full((), layout.lists_first_page, dtype=torch.int64, device=device)
         basis = self.basis_on(device) if self.basis is not None else None
-        prompt = Prompt(layout, self.loss, self.scale, basis, load_layer, queries, plan.span_tokens)
-        budgets, tokens = self._page_budgets(plan), list[torch.Tensor]()
+        prompt = Prompt(
+            layout, self.loss, self.scale, basis, load_layer, queries, segment.span_tokens
+        )
+        budgets, tokens = self._page_budgets(segment), list[torch.Tensor]()
         for start in range(0, layout.num_layers, self.kernels.layers_at_once):
             layers = range(layout.num_layers)[start : start + self.kernels.layers_at_once]
             bases = prompt.bases(layers)
@@ -127,14 +129,14 @@ class Compressor:
             self._bases[device] = self.basis.to(device)
         return self._bases[device]
 
-    def _page_budgets(self, plan: LeasePlan) -> list[list[int]]:
+    def _page_budgets(self, segment: Segment) -> list[list[int]]:
         """Pages per layer: of every head by itself, or of all its heads together."""
         layout, formats = self.layout, self.layout.formats
         if self.heads is None:
-            return layout.list_pages_per_layer(plan.num_lease_blocks).unsqueeze(1).tolist()
-        most = formats.richest.pages(plan.span_tokens)
-        least = 0 if formats.drop else formats.cheapest.pages(plan.span_tokens)
-        return self.heads.pages(layout.list_pages(plan.num_lease_blocks), least, most).tolist()
+            return layout.list_pages_per_layer(segment.num_lease_blocks).unsqueeze(1).tolist()
+        most = formats.richest.pages(segment.span_tokens)
+        least = 0 if formats.drop else formats.cheapest.pages(segment.span_tokens)
+        return self.heads.pages(layout.list_pages(segment.num_lease_blocks), least, most).tolist()
 
     def _store_bases(self, bases: Basis, pages: torch.Tensor, layers: range) -> None:
         """Write prompt bases, ``[rank][head_size]`` of K then V per layer and head."""

@@ -8,9 +8,9 @@ Both compute the same plan from the same few numbers, so no message passes betwe
              0                   first_lease_block     end_block
 
 A segment is ripe when the ``window`` tokens behind its boundary are computed: their queries score
-it. One that a prompt makes ripe is compressed at once, between two steps. Of answers, whose segments
-may ripen together in many requests, each may wait for :data:`SLACK_TOKENS` more tokens of its
-request, so that steps share the work.
+it. One that ripens within a prompt is compressed at once, between two steps. Those of answers,
+which may ripen together in many requests, may each wait for :data:`SLACK_TOKENS` more tokens of
+their request, so that steps share the work.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
-from itertools import count, takewhile
+from itertools import chain, count, takewhile
 
 SLACK_TOKENS = 32
 """Tokens that a request may compute after a segment of its answer is ripe before that segment is
 compressed."""
+PARTS = ("prompt", "answer")
+"""What a segment is part of: a segment that ripens with generated tokens is of the answer."""
 AUTO_PROMPT_TOKENS = 8192
 """The longest prompt that is one segment where the rule is :attr:`Rule.AUTO`."""
 
@@ -101,18 +103,21 @@ class Segment:
         end_block: its boundary, one past its last block; the lease is
             ``first_lease_block .. end_block - 1``.
         block_size: tokens in one block.
-        ripe_at: computed tokens from which it may be compressed; the ``window`` queries before are
-            those that score it.
+        window_start: position of the first query that scores it.
+        ripe_at: computed tokens from which it may be compressed, one past the last such query.
         due_at: computed tokens at which it is compressed before anything else is computed, so
             that its blocks may be freed.
+        part: one of :data:`PARTS`.
     """
 
     first_block: int
     first_lease_block: int
     end_block: int
     block_size: int
+    window_start: int
     ripe_at: int
     due_at: int
+    part: str
 
     @property
     def num_lease_blocks(self) -> int:
@@ -138,6 +143,16 @@ class Segment:
     def span_tokens(self) -> int:
         """Tokens that are compressed."""
         return self.num_blocks * self.block_size
+
+    @property
+    def loaded_tokens(self) -> int:
+        """Tokens that its compression reads: its own, and those up to the end of its window."""
+        return self.ripe_at - self.first_token
+
+    @property
+    def loaded_end(self) -> int:
+        """One past the last block of those tokens."""
+        return -(-self.ripe_at // self.block_size)
 
     @property
     def lease(self) -> tuple[int, int]:
@@ -167,7 +182,7 @@ class RequestPlan:
             last = end == boundaries[-1]
             covered = self.prompt_tokens if last else end * terms.block_size
             ripe_at = self.prompt_tokens if last else covered + terms.window
-            made = _segment(first, end, covered, ripe_at, ripe_at, terms)
+            made = _segment(first, end, covered, ripe_at, self.prompt_tokens, terms)
             if made is None:
                 break
             segments.append(made)
@@ -183,8 +198,7 @@ class RequestPlan:
         for end in count(begin + terms.stride, terms.stride):
             covered = end * terms.block_size
             ripe_at = covered + terms.window
-            due_at = ripe_at + (SLACK_TOKENS if ripe_at > self.prompt_tokens else 0)
-            made = _segment(end - terms.stride, end, covered, ripe_at, due_at, terms)
+            made = _segment(end - terms.stride, end, covered, ripe_at, self.prompt_tokens, terms)
             if made is None:
                 return
             yield made
@@ -209,6 +223,26 @@ class RequestPlan:
         behind = due[-1].end_block if due else 0
         blocks = max(-(-computed_tokens // self.terms.block_size), behind)
         return sum(one.num_lease_blocks for one in due) + blocks - behind
+
+    def peak_blocks(self, computed_tokens: int, until_tokens: int, step_tokens: int) -> int:
+        """The most blocks that are held while a request is computed step by step.
+
+        Args:
+            computed_tokens: from where on.
+            until_tokens: up to where.
+            step_tokens: of every step.
+        """
+        size, most, leases, behind = self.terms.block_size, 0, 0, 0
+        for segment in chain(self.segments(), [None]):
+            due_at = until_tokens + 1 if segment is None else segment.due_at
+            # As late as a step can be before the segment's blocks are freed.
+            last = min(due_at - 1 + step_tokens, until_tokens)
+            if last > computed_tokens:
+                most = max(most, leases + -(-last // size) - behind)
+            if segment is None or due_at > until_tokens:
+                break
+            leases, behind = leases + segment.num_lease_blocks, segment.end_block
+        return most
 
     @property
     def kept_share(self) -> float:
@@ -278,7 +312,7 @@ def most_blocks(terms: PlanTerms, tokens: int, in_flight_tokens: int) -> int:
 
 
 def _segment(
-    first: int, end: int, covered: int, ripe_at: int, due_at: int, terms: PlanTerms
+    first: int, end: int, covered: int, ripe_at: int, prompt_tokens: int, terms: PlanTerms
 ) -> Segment | None:
     """A segment of the blocks ``first .. end - 1``; None where it would save nothing.
 
@@ -287,13 +321,16 @@ def _segment(
         end: one past its last.
         covered: position behind the last token that its share of the budget covers.
         ripe_at: see :class:`Segment`.
-        due_at: see :class:`Segment`.
+        prompt_tokens: length of the prompt.
         terms: the request's.
     """
     lease = _lease_blocks(end - first, covered - first * terms.block_size, terms)
     if lease is None:
         return None
-    return Segment(first, end - lease, end, terms.block_size, ripe_at, due_at)
+    size, generated = terms.block_size, ripe_at > prompt_tokens
+    due_at = ripe_at + SLACK_TOKENS if generated else ripe_at
+    start = ripe_at - terms.window
+    return Segment(first, end - lease, end, size, start, ripe_at, due_at, PARTS[generated])
 
 
 def _lease_blocks(blocks: int, covered_tokens: int, terms: PlanTerms) -> int | None:

@@ -13,12 +13,14 @@ from rich.table import Table
 
 from mdkv_vllm.config import DEFAULT_BUDGET, MixedDimConfig, read_config
 from mdkv_vllm.core.formats import PageGeometry
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import RequestPlan
 from mdkv_vllm.operate.model_sizes import ModelSizes, read_model_sizes
 from mdkv_vllm.policy import Policy
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _GIB = 2**30
+PREFILL_CHUNK = 8192
+"""Prompt tokens of a step, vLLM's default on GPUs."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Capacity:
     Attributes:
         blocks: blocks of the cache.
         full_blocks: blocks of one request that is never compressed, at its longest.
-        kept_blocks: blocks of one that was compressed, at its longest.
-        prefill_blocks: blocks of one that has just been prefilled, before it is compressed.
+        kept_blocks: blocks of one that is compressed, at most while it is answered.
+        prefill_blocks: blocks of one that is compressed, at most while it is prefilled.
     """
 
     blocks: int
@@ -81,10 +83,14 @@ def capacity(policy: Policy, cache_bytes: int, load: Load) -> Capacity:
     block_bytes = policy.geometry.page_bytes * policy.layout.pages_per_block
     full = -(-(load.prompt + load.answer) // size)
     plan = policy.plan(load.prompt)
-    returned = plan.first_lease_block if isinstance(plan, LeasePlan) else 0
+    kept, prefilled = full, -(-load.prompt // size)
+    if isinstance(plan, RequestPlan):
+        longest = load.prompt + load.answer
+        kept = plan.peak_blocks(load.prompt, longest, 1)
+        prefilled = plan.peak_blocks(0, load.prompt, PREFILL_CHUNK)
     # One block is vLLM's null block, which is never lent.
     blocks = max(cache_bytes // block_bytes - 1, 0)
-    return Capacity(blocks, full, full - returned, -(-load.prompt // size))
+    return Capacity(blocks, full, kept, prefilled)
 
 
 def policy_for(

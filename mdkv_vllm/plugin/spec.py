@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -13,6 +13,9 @@ from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.plugin.manager import MixedDimManager
 from mdkv_vllm.policy import Policy
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixedDimSpec(FullAttentionSpec):
@@ -21,10 +24,12 @@ class MixedDimSpec(FullAttentionSpec):
     Attributes:
         config: the settings.
         num_layers: attention layers on this rank.
+        in_flight_tokens: that vLLM may have scheduled beyond those known to be computed.
     """
 
     config: MixedDimConfig
     num_layers: int
+    in_flight_tokens: int
 
     @property
     def policy(self) -> Policy:
@@ -33,10 +38,20 @@ class MixedDimSpec(FullAttentionSpec):
         return Policy(self.config, geometry, self.num_layers, self.num_kv_heads)
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, config: MixedDimConfig, num_layers: int) -> Self:
+    def of(
+        cls, spec: FullAttentionSpec, config: MixedDimConfig, num_layers: int, in_flight_tokens: int
+    ) -> Self:
         """Extend vLLM's own spec of a layer."""
         inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
-        return cls(**inherited, config=config, num_layers=num_layers)
+        return cls(
+            **inherited, config=config, num_layers=num_layers, in_flight_tokens=in_flight_tokens
+        )
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """What vLLM wants to have room for: one request of the longest length, at its largest."""
+        longest = vllm_config.model_config.max_model_len
+        most = self.policy.most_blocks(longest, self.in_flight_tokens)
+        return most * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:

@@ -16,6 +16,7 @@ from mdkv_vllm.config import EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.core.plan import AUTO_PROMPT_TOKENS, Rule
 from mdkv_vllm.kernels.interface import DecodeConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
 from mdkv_vllm.plugin.artifacts import RankArtifacts
@@ -71,13 +72,13 @@ class MixedDimWorker(Worker):
             raise ConfigError("--attention-backend mixeddim: layers differ in their score scale")
         scale = scales.pop()
         artifacts = RankArtifacts.load(policy, self.vllm_config, self.rank)
-        limits = step_limits(self.vllm_config)
+        limits = step_limits(self.vllm_config, policy)
         prefill_name, prefill = choose_prefill(
             config.prefill, kv_cache.device, model.dtype, policy.geometry.head_size
         )
         group = layers[0].num_heads // policy.num_kv_heads
         decode_config = DecodeConfig(
-            kv_cache, policy.layout, group, artifacts.basis, scale, limits.requests
+            kv_cache, policy.layout, group, artifacts.basis, scale, limits.requests, limits.leases
         )
         decode_name, decode = decode_kernel(config.kernels, decode_config)
         compressor = Compressor(
@@ -119,7 +120,7 @@ class MixedDimWorker(Worker):
     def execute_model(
         self, scheduler_output: SchedulerOutput
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        """Compress the prompts that ended in the last step, then run this one."""
+        """Compress segments that are due, then run this step."""
         assert self._runtime is not None
         with self._runtime.step(
             scheduler_output.finished_req_ids,
@@ -155,7 +156,7 @@ def policy_of(specs: list[KVCacheSpec]) -> Policy:
     return specs[0].policy
 
 
-def step_limits(vllm_config: VllmConfig) -> StepLimits:
+def step_limits(vllm_config: VllmConfig, policy: Policy) -> StepLimits:
     """How large a step may be under a configuration."""
     compilation, scheduler = vllm_config.compilation_config, vllm_config.scheduler_config
     mode = compilation.cudagraph_mode or CUDAGraphMode.NONE
@@ -165,6 +166,7 @@ def step_limits(vllm_config: VllmConfig) -> StepLimits:
     return StepLimits(
         scheduler.max_num_batched_tokens,
         max(scheduler.max_num_seqs, graph_tokens),
+        policy.most_leases(vllm_config.model_config.max_model_len),
         graph_tokens,
     )
 
@@ -191,5 +193,19 @@ def describe(policy: Policy, heads: HeadBudgets | None) -> str:
     return (
         f"{budget}, {by_head}, formats {', '.join(policy.formats.names)}, "
         f"loss {config.loss}, window {config.window}, prompts from "
-        f"{config.min_prompt_tokens} tokens, pages of {policy.geometry.page_bytes} bytes"
+        f"{config.min_prompt_tokens} tokens, {_segments(policy)}, pages of "
+        f"{policy.geometry.page_bytes} bytes"
     )
+
+
+def _segments(policy: Policy) -> str:
+    """Which tokens are compressed together, in words."""
+    config = policy.config
+    if not policy.answers:
+        return "answers uncompressed (basis: prompt)"
+    prompts = {
+        Rule.PROMPT: "each prompt as one segment,",
+        Rule.ROLLING: "prompts",
+        Rule.AUTO: f"prompts beyond {AUTO_PROMPT_TOKENS}",
+    }[Rule(config.segments)]
+    return f"{prompts} and answers in segments of {config.segment_tokens}"

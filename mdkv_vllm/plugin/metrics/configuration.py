@@ -34,6 +34,8 @@ def configuration(policy: Policy, model: str) -> dict[str, str]:
         "basis": basis,
         "heads": EVEN_HEADS if heads is None else _file(heads),
         "min_prompt_tokens": str(config.min_prompt_tokens),
+        "segments": config.segments,
+        "segment_tokens": str(config.segment_tokens),
     }
 
 

@@ -1,8 +1,8 @@
-"""What the scheduler's manager knows: which prompts are compressed, which bytes are held."""
+"""What the scheduler's manager knows: what is compressed, which bytes are held."""
 
 from __future__ import annotations
 
-from mdkv_vllm.core.plan import LeasePlan, SkipReason
+from mdkv_vllm.core.plan import PARTS, RequestPlan, Segment, SkipReason
 from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,
@@ -11,6 +11,7 @@ from mdkv_vllm.plugin.metrics.table import (
     PROMPT_BUDGET,
     PROMPTS_COMPRESSED,
     PROMPTS_SKIPPED,
+    SEGMENTS_COMPRESSED,
 )
 from mdkv_vllm.policy import Policy
 
@@ -34,13 +35,15 @@ class SchedulerMetrics:
             self._recorder.declare(metric)
         for reason in SkipReason:
             self._recorder.declare(PROMPTS_SKIPPED, reason=reason.value)
+        for part in PARTS:
+            self._recorder.declare(SEGMENTS_COMPRESSED, part=part)
 
-    def decided(self, budget: float, plan: LeasePlan | SkipReason) -> None:
+    def decided(self, budget: float, plan: RequestPlan | SkipReason) -> None:
         """A new prompt is to be compressed, or not.
 
         Args:
             budget: share of its bytes to keep.
-            plan: of its lease, or why it is left alone.
+            plan: its plan, or why it is left alone.
         """
         if isinstance(plan, SkipReason):
             self._recorder.observe(PROMPT_BUDGET, 1.0)
@@ -56,13 +59,14 @@ class SchedulerMetrics:
             self._full_blocks += blocks - before
             self._set_bytes()
 
-    def returned(self, request_id: str, blocks: int) -> None:
-        """A compressed prompt gives blocks back; only the first call for a request counts."""
-        if request_id in self._returned:
-            return
-        self._returned[request_id] = blocks
+    def returned(self, request_id: str, segment: Segment) -> None:
+        """A compressed segment of a request gives blocks back."""
+        blocks = segment.num_blocks - segment.num_lease_blocks
+        if segment.first_block == 0 and segment.part == "prompt":
+            self._recorder.add(PROMPTS_COMPRESSED)
+        self._returned[request_id] = self._returned.get(request_id, 0) + blocks
         self._returned_blocks += blocks
-        self._recorder.add(PROMPTS_COMPRESSED)
+        self._recorder.add(SEGMENTS_COMPRESSED, part=segment.part)
         self._recorder.add(BLOCKS_RETURNED, blocks)
         self._set_bytes()
 

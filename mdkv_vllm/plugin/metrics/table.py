@@ -36,12 +36,18 @@ class Metric:
 PROMPTS_COMPRESSED = Metric(
     "mixeddim:prompts_compressed",
     "counter",
-    "Prompts whose blocks before the lease were given back; again after a preemption.",
+    "Prompts whose first segment was compressed; again after a preemption.",
+)
+SEGMENTS_COMPRESSED = Metric(
+    "mixeddim:segments_compressed",
+    "counter",
+    "Segments whose blocks before their lease were given back, of prompts and of answers.",
+    ("part",),
 )
 PROMPTS_SKIPPED = Metric(
     "mixeddim:prompts_skipped",
     "counter",
-    "Prompts left uncompressed, by reason.",
+    "Requests left uncompressed, by reason.",
     ("reason",),
 )
 PROMPT_BUDGET = Metric(
@@ -68,8 +74,8 @@ KEPT_BYTES = Metric(
 COMPRESSED_TOKENS = Metric(
     "mixeddim:compressed_tokens",
     "counter",
-    "Prompt tokens by the format they got, counted once per layer and KV head.",
-    ("format",),
+    "Tokens of prompts and of answers by the format they got, once per layer and KV head.",
+    ("format", "part"),
 )
 LEASE_BYTES = Metric(
     "mixeddim:lease_bytes",
@@ -84,18 +90,30 @@ LEASE_USED_BYTES = Metric(
 COMPRESSION_SECONDS = Metric(
     "mixeddim:compression_seconds",
     "histogram",
-    "Time that the compression of one prompt took.",
+    "Time that the compression of one segment took.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 CONFIG_INFO = Metric(
     "mixeddim:config_info",
     "gauge",
     "The configuration in force, in labels; always 1.",
-    ("compression", "budget", "window", "formats", "loss", "basis", "heads", "min_prompt_tokens"),
+    (
+        "compression",
+        "budget",
+        "window",
+        "formats",
+        "loss",
+        "basis",
+        "heads",
+        "min_prompt_tokens",
+        "segments",
+        "segment_tokens",
+    ),
 )
 
 METRICS = (
     PROMPTS_COMPRESSED,
+    SEGMENTS_COMPRESSED,
     PROMPTS_SKIPPED,
     PROMPT_BUDGET,
     BLOCKS_RETURNED,

@@ -1,4 +1,4 @@
-"""What a worker knows: what compression made of the prompts, and how long it took."""
+"""What a worker knows: what compression made of segments, and how long it took."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm.tracing import SpanAttributes, instrument_manual
 
+from mdkv_vllm.core.plan import PARTS
 from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     COMPRESSED_TOKENS,
@@ -55,7 +56,8 @@ class WorkerMetrics:
             for metric in (LEASE_BYTES, LEASE_USED_BYTES):
                 self._recorder.declare(metric)
             for name in policy.formats.names:
-                self._recorder.declare(COMPRESSED_TOKENS, format=name)
+                for part in PARTS:
+                    self._recorder.declare(COMPRESSED_TOKENS, format=name, part=part)
         if self._first:
             self._recorder.declare(COMPRESSION_SECONDS)
             self._recorder.set(CONFIG_INFO, 1, **configuration)
@@ -74,23 +76,23 @@ class WorkerMetrics:
         if not self._counts_heads:
             return
         for name, tokens in report.tokens.items():
-            self._recorder.add(COMPRESSED_TOKENS, tokens, format=name)
+            self._recorder.add(COMPRESSED_TOKENS, tokens, format=name, part=report.part)
         if resident:
-            self.released([report.request_id])
-            self._hold(report.request_id, self._lease_bytes(report), 1)
+            self._hold(report.request_id, self._lease_bytes(report))
 
     def released(self, request_ids: Iterable[str]) -> None:
         """Requests ended or were preempted: their leases are gone."""
         for request_id in request_ids:
-            if request_id in self._leases:
-                self._hold(request_id, self._leases.pop(request_id), -1)
+            leased, used = self._leases.pop(request_id, (0.0, 0.0))
+            self._recorder.add(LEASE_BYTES, -leased)
+            self._recorder.add(LEASE_USED_BYTES, -used)
 
-    def _hold(self, request_id: str, sizes: tuple[float, float], sign: int) -> None:
-        leased, used = sizes
-        if sign > 0:
-            self._leases[request_id] = sizes
-        self._recorder.add(LEASE_BYTES, sign * leased)
-        self._recorder.add(LEASE_USED_BYTES, sign * used)
+    def _hold(self, request_id: str, sizes: tuple[float, float]) -> None:
+        """A request holds another lease."""
+        (leased, used), held = sizes, self._leases.get(request_id, (0.0, 0.0))
+        self._leases[request_id] = held[0] + leased, held[1] + used
+        self._recorder.add(LEASE_BYTES, leased)
+        self._recorder.add(LEASE_USED_BYTES, used)
 
     def _lease_bytes(self, report: CompressionReport) -> tuple[float, float]:
         """Bytes of a lease, and those of its page table, prompt basis and tokens."""
@@ -117,8 +119,10 @@ def _export_span(report: CompressionReport) -> None:
         end_time=end,
         attributes={
             SpanAttributes.GEN_AI_REQUEST_ID: report.request_id,
-            "mixeddim.prompt_tokens": report.prompt_tokens,
+            "mixeddim.part": report.part,
+            "mixeddim.first_token": report.first_token,
+            "mixeddim.end_token": report.end_token,
             "mixeddim.full_blocks": report.full_blocks,
-            "mixeddim.kept_blocks": report.kept_blocks,
+            "mixeddim.lease_blocks": report.lease_blocks,
         },
     )

@@ -1,4 +1,4 @@
-"""Compressions that are due: run before the next step's forward pass, counted once done."""
+"""Compressions: run between two steps, before the next one's forward pass, counted once done."""
 
 from __future__ import annotations
 
@@ -8,30 +8,39 @@ from typing import Any
 import torch
 
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import SLACK_TOKENS, Segment
 from mdkv_vllm.core.prompt import LoadLayer, PagedTokens
 from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.worker_runtime.reports import CompressionRecord, Stopwatch, Totals
-from mdkv_vllm.plugin.worker_runtime.request_table import Prompt
+from mdkv_vllm.plugin.worker_runtime.request_table import HeldRequest
 from mdkv_vllm.policy import Policy
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A prompt whose last chunk was in the last step."""
+class _Ripe:
+    """A segment that may be compressed."""
 
-    prompt: Prompt
-    plan: LeasePlan
+    held: HeldRequest
+    segment: Segment
     blocks: torch.Tensor
+
+    @property
+    def due(self) -> bool:
+        """Whether it has to be compressed now: the scheduler may free its blocks."""
+        return self.held.computed_tokens >= self.segment.due_at
 
 
 class CompressionRunner:
-    """Compresses prompts where they lie.
+    """Compresses segments where they lie.
+
+    Those that are due at once; of the others, which ripened while answers were generated, so many
+    a step that none of them is ever due: as the scheduler counts with :data:`SLACK_TOKENS` steps,
+    the first in line and a share of the line.
 
     Args:
         policy: the settings applied to the model.
-        compressor: compresses a prompt.
+        compressor: compresses a segment.
         kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
     """
 
@@ -40,7 +49,7 @@ class CompressionRunner:
         self._policy = policy
         self._compressor = compressor
         self._kv_cache = kv_cache
-        self._pending: list[_Pending] = []
+        self._ripe: list[_Ripe] = []
         self._records: list[CompressionRecord] = []
         self._metrics: WorkerMetrics | None = None
 
@@ -54,57 +63,58 @@ class CompressionRunner:
         self.totals = Totals()
         self._metrics = metrics
 
-    def add(self, prompt: Prompt, plan: LeasePlan, blocks: torch.Tensor) -> None:
-        """Have a prompt compressed that this step ends.
+    def add(self, held: HeldRequest, segment: Segment, blocks: torch.Tensor) -> None:
+        """Have a segment compressed that is ripe after this step.
 
         Args:
-            prompt: its window is captured in this step at the latest.
-            plan: its plan.
-            blocks: integer ``[blocks]``, ids of the blocks that the prompt lies in.
+            held: its request.
+            segment: the request's next one; its window is captured in this step at the latest.
+            blocks: integer ``[blocks]``, ids of the blocks that its compression reads.
         """
-        self._pending.append(_Pending(prompt, plan, blocks))
+        held.given += 1
+        self._ripe.append(_Ripe(held, segment, blocks))
 
     def run(self, gone: set[str]) -> None:
-        """Compress what is due, one prompt after the other, but of no request that is gone."""
+        """Compress what is due and a share of the rest, but nothing of a request that is gone."""
         for record in self._records:
             record.resident &= record.request_id not in gone
         if self._metrics is not None:
             self._metrics.released(gone)
-        for pending in self._pending:
-            if pending.prompt.request.request_id not in gone:
-                self._compress(pending)
-        self._pending = []
+        line = [one for one in self._ripe if one.held.request.request_id not in gone]
+        due = [one for one in line if one.due]
+        waiting = [one for one in line if not one.due]
+        share = -(-len(waiting) // SLACK_TOKENS)
+        for ripe in [*due, *waiting[:share]]:
+            self._compress(ripe)
+        self._ripe = waiting[share:]
 
-    def _compress(self, pending: _Pending) -> None:
-        prompt, plan = pending.prompt, pending.plan
-        assert prompt.window is not None
+    def _compress(self, ripe: _Ripe) -> None:
+        held, segment = ripe.held, ripe.segment
         watch = Stopwatch(self._kv_cache.device)
-        tokens = self._prompt_tokens(pending.blocks, plan.prompt_tokens)
-        result = self._compressor.compress(tokens, prompt.window, plan)
-        lease = pending.blocks[plan.first_lease_block : plan.tail_block].long()
+        tokens = self._tokens(ripe.blocks, segment.loaded_tokens)
+        result = self._compressor.compress(tokens, held.windows.pop(segment), segment)
+        first = segment.first_lease_block - segment.first_block
+        lease = ripe.blocks[first : segment.num_blocks].long()
         target = self._kv_cache.view(torch.uint8).flatten(1)
-        target[lease] = result.pages.view(plan.num_lease_blocks, -1)
-        prompt.window = None
-        self._records.append(
-            CompressionRecord(prompt.request.request_id, plan, result.tokens, watch)
-        )
+        target[lease] = result.pages.view(segment.num_lease_blocks, -1)
+        held.leases.append(segment.lease)
+        self._records.append(CompressionRecord(held.request, segment, result.tokens, watch))
 
-    def warm_up(self, prompt_tokens: int, window: torch.Tensor) -> None:
-        """Compress whatever lies in one block, as every block of a prompt; nothing is written.
+    def warm_up(self, tokens: int, window: torch.Tensor) -> None:
+        """Compress whatever lies in one block, as every block of a segment; nothing is written.
 
         Args:
-            prompt_tokens: the prompt's length.
-            window: any queries, as a prompt's.
+            tokens: of the longest request; its longest segment and one of an answer are taken.
+            window: any queries, as a segment's.
         """
-        plan = self._policy.plan(prompt_tokens)
-        if not isinstance(plan, LeasePlan):
-            return
-        needed = -(-prompt_tokens // plan.block_size)
-        blocks = torch.zeros(needed, dtype=torch.int32, device=self._kv_cache.device)
-        self._compressor.compress(self._prompt_tokens(blocks, prompt_tokens), window, plan)
+        for segment in self._policy.sample_segments(tokens):
+            needed = segment.loaded_end - segment.first_block
+            blocks = torch.zeros(needed, dtype=torch.int32, device=self._kv_cache.device)
+            load = self._tokens(blocks, segment.loaded_tokens)
+            self._compressor.compress(load, window, segment)
 
-    def _prompt_tokens(self, blocks: torch.Tensor, tokens: int) -> LoadLayer:
-        """A prompt's keys and values: where GPU kernels read them, or a layer's copy on CPU."""
+    def _tokens(self, blocks: torch.Tensor, tokens: int) -> LoadLayer:
+        """A segment's keys and values: where GPU kernels read them, or a layer's copy on CPU."""
         heads = self._policy.num_kv_heads
         if self._compressor.kernels.reads_pages:
             return PagedTokens(self._kv_cache, blocks, tokens, heads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,13 +72,17 @@ class StepBuffers:
     Args:
         max_tokens: query tokens of a step at most.
         max_requests: rows of a step at most.
+        max_leases: of a request at most.
         device: where the cache is.
     """
 
-    def __init__(self, max_tokens: int, max_requests: int, device: torch.device) -> None:
+    def __init__(
+        self, max_tokens: int, max_requests: int, max_leases: int, device: torch.device
+    ) -> None:
         self._rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)
         self._lengths = torch.zeros_like(self._rows)
-        self._leases = torch.zeros(max_requests, 2, dtype=torch.int32, device=device)
+        shape = (max_requests, max_leases, 2)
+        self._leases = torch.zeros(shape, dtype=torch.int32, device=device)
         self._pinned = device.type == "cuda"
 
     def load(
@@ -86,7 +90,7 @@ class StepBuffers:
         block_table: torch.Tensor,
         rows: Sequence[int],
         lengths: Sequence[int],
-        leases: Sequence[tuple[int, int]],
+        leases: Mapping[int, Sequence[tuple[int, int]]],
     ) -> DecodeBatch:
         """A batch of a step's numbers.
 
@@ -94,14 +98,22 @@ class StepBuffers:
             block_table: int32 ``[rows, max_blocks]``, on the device.
             rows: of each query.
             lengths: keys that each query sees; 0 for padding.
-            leases: of each row, first lease block and tail block; 0, 0 for none.
+            leases: by row of the block table, each lease's first block and the one behind its last.
         """
-        loaded = []
-        for buffer, numbers in (
-            (self._rows, rows),
-            (self._lengths, lengths),
-            (self._leases, leases),
-        ):
-            host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self._pinned)
-            loaded.append(buffer[: len(numbers)].copy_(host, non_blocking=True))
-        return DecodeBatch(block_table, *loaded)
+
+        def load(buffer: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+            return buffer[: len(host)].copy_(host, non_blocking=True)
+
+        def integers(numbers: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(numbers, dtype=torch.int32, pin_memory=self._pinned)
+
+        shape = (len(block_table), *self._leases.shape[1:])
+        by_row = torch.zeros(shape, dtype=torch.int32, pin_memory=self._pinned)
+        for row, held in leases.items():
+            by_row[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
+        return DecodeBatch(
+            block_table,
+            load(self._rows, integers(rows)),
+            load(self._lengths, integers(lengths)),
+            load(self._leases, by_row),
+        )

@@ -1,8 +1,8 @@
-"""The last queries of prompts, which compression scores tokens by: captured in two ways.
+"""The queries behind segments' boundaries, which score their tokens: captured in two ways.
 
 A step that runs eagerly copies them as its layers run (:class:`.metadata.Capture`). A step of
-single tokens may be replayed from a CUDA graph, and one of them may be the end of a prompt: the
-graph keeps the queries of every such step, and the window's are taken from there after it.
+single tokens may be replayed from a CUDA graph, and one of them may be in a window: the graph keeps
+the queries of every such step, and the windows' are taken from there after it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.plugin.worker_runtime.metadata import Capture, MixedDimMetadata
-from mdkv_vllm.plugin.worker_runtime.request_table import Prompt
+from mdkv_vllm.plugin.worker_runtime.request_table import HeldRequest
 from mdkv_vllm.policy import Policy
 
 
@@ -22,13 +22,14 @@ from mdkv_vllm.policy import Policy
 class _RecentQuery:
     """A window query that the last step left among its recent ones."""
 
-    prompt: Prompt
+    held: HeldRequest
+    segment: Segment
     at: int
     token: int
 
 
 class QueryWindow:
-    """Captures the window queries of all prompts.
+    """Captures the window queries of all segments.
 
     Args:
         policy: the settings applied to the model.
@@ -46,9 +47,8 @@ class QueryWindow:
         graph_tokens: int,
         device: torch.device,
     ) -> None:
-        self._size = policy.config.window
         layers, head_size = policy.num_layers, policy.geometry.head_size
-        self.shape = (layers, num_query_heads, self._size, head_size)
+        self.shape = (layers, num_query_heads, policy.config.window, head_size)
         # Kept as computed where the kernels take them so.
         self.dtype = query_dtype if device.type == "cuda" else torch.float32
         self._recent = torch.zeros(
@@ -65,45 +65,45 @@ class QueryWindow:
         """Where a layer's queries are to be kept, ``[tokens, query_heads, head_size]``."""
         return self._recent[layer, :tokens] if tokens else None
 
-    def bytes_of(self, prompts: int) -> int:
-        """Bytes of the windows of as many prompts."""
-        return prompts * math.prod(self.shape) * self.dtype.itemsize
+    def bytes_of(self, segments: int) -> int:
+        """Bytes of the windows of as many segments."""
+        return segments * math.prod(self.shape) * self.dtype.itemsize
 
     def note(
         self,
-        prompt: Prompt,
-        plan: LeasePlan,
+        held: HeldRequest,
         metadata: MixedDimMetadata,
         start: int,
         context: int,
         length: int,
     ) -> None:
-        """See to it that the window queries of a chunk are captured.
+        """See to it that the window queries among a request's tokens are captured.
 
         Args:
-            prompt: whose chunk it is.
-            plan: its plan.
+            held: the request.
             metadata: the step's; captures are added to it.
-            start: the chunk's first query token in the batch.
-            context: tokens before the chunk.
-            length: tokens up to its end.
+            start: the request's first query token in the batch.
+            context: tokens before it.
+            length: tokens up to the end of the step.
         """
-        begin = plan.prompt_tokens - self._size
-        first, last = max(context, begin), min(length, plan.prompt_tokens)
-        if first >= last:
-            return
-        if prompt.window is None:
-            device = self._recent.device
-            prompt.window = torch.zeros(self.shape, dtype=self.dtype, device=device)
-        at, token = first - begin, start + first - context
-        if metadata.recent:
-            self._from_recent.append(_RecentQuery(prompt, at, token))
-        else:
-            metadata.captures.append(Capture(prompt.window, at, token, last - first))
+        for segment in held.segments_from(held.given, length):
+            first, last = max(context, segment.window_start), min(length, segment.ripe_at)
+            if first >= last:
+                continue
+            if segment not in held.windows:
+                device = self._recent.device
+                held.windows[segment] = torch.zeros(self.shape, dtype=self.dtype, device=device)
+            at, token = first - segment.window_start, start + first - context
+            if metadata.recent:
+                self._from_recent.append(_RecentQuery(held, segment, at, token))
+            else:
+                window = held.windows[segment]
+                metadata.captures.append(Capture(window, at, token, last - first))
 
     def collect(self) -> None:
         """Take what the last step left among its recent queries."""
         for query in self._from_recent:
-            if query.prompt.window is not None:
-                query.prompt.window[:, :, query.at] = self._recent[:, query.token]
+            window = query.held.windows.get(query.segment)
+            if window is not None:
+                window[:, :, query.at] = self._recent[:, query.token]
         self._from_recent = []

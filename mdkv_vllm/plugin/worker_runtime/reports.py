@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import Segment
+from mdkv_vllm.request import CompressionRequest
 
 _RECENT = 64
 """Compressions remembered for reports."""
@@ -20,21 +21,23 @@ class CompressionReport:
 
     Attributes:
         request_id: vLLM's id.
-        prompt_tokens: length of the prompt.
-        full_blocks: blocks the prompt held before.
-        kept_blocks: blocks it holds after (lease and full-dimension tail).
-        lease_blocks: blocks of the lease.
-        kept_share: bytes kept over full bytes.
+        prompt_tokens: length of its prompt.
+        part: of what the segment is, ``prompt`` or ``answer``.
+        first_token: position of the segment's first token.
+        end_token: the position behind its last.
+        full_blocks: blocks the segment held before.
+        lease_blocks: blocks it holds after.
         tokens: per format, tokens kept over all layers and heads, dropped ones included.
         seconds: how long it took, on a GPU by the GPU's own clock.
     """
 
     request_id: str
     prompt_tokens: int
+    part: str
+    first_token: int
+    end_token: int
     full_blocks: int
-    kept_blocks: int
     lease_blocks: int
-    kept_share: float
     tokens: dict[str, int]
     seconds: float
 
@@ -44,14 +47,16 @@ class Totals:
     """Running totals since start-up."""
 
     prompts: int = 0
+    segments: int = 0
     blocks_returned: int = 0
     seconds: float = 0.0
     recent: list[CompressionReport] = field(default_factory=list)
 
     def add(self, report: CompressionReport) -> None:
         """Count one compression."""
-        self.prompts += 1
-        self.blocks_returned += report.full_blocks - report.kept_blocks
+        self.prompts += report.part == "prompt" and report.first_token == 0
+        self.segments += 1
+        self.blocks_returned += report.full_blocks - report.lease_blocks
         self.seconds += report.seconds
         self.recent = [*self.recent[-_RECENT + 1 :], report]
 
@@ -97,17 +102,21 @@ class CompressionRecord:
         resident: whether the request still holds its lease.
 
     Args:
-        request_id: vLLM's id.
-        plan: the prompt's lease plan.
+        request: whose segment it is.
+        segment: which one.
         tokens: int64 ``[layers, kv_heads, formats]`` on the device, tokens of each list.
         watch: times it; stopped here.
     """
 
     def __init__(
-        self, request_id: str, plan: LeasePlan, tokens: torch.Tensor, watch: Stopwatch
+        self,
+        request: CompressionRequest,
+        segment: Segment,
+        tokens: torch.Tensor,
+        watch: Stopwatch,
     ) -> None:
-        self.request_id, self.resident = request_id, True
-        self._plan, self._watch = plan, watch
+        self.request_id, self.resident = request.request_id, True
+        self._request, self._segment, self._watch = request, segment, watch
         totals = tokens.sum((0, 1))
         self._tokens = torch.empty(
             totals.shape, dtype=totals.dtype, pin_memory=totals.device.type == "cuda"
@@ -122,19 +131,19 @@ class CompressionRecord:
 
     def read(self, layout: LeaseLayout) -> CompressionReport:
         """The report, after waiting for the device if need be."""
-        plan = self._plan
-        seconds = self._watch.seconds
+        segment, seconds = self._segment, self._watch.seconds
         names = [f.name for f in layout.formats.formats]
         per_format = dict(zip(names, self._tokens.tolist(), strict=True))
-        per_format["drop"] = plan.span_tokens * layout.pages_per_block - sum(per_format.values())
-        full = -(-plan.prompt_tokens // plan.block_size)
+        held = segment.span_tokens * layout.pages_per_block
+        per_format["drop"] = held - sum(per_format.values())
         return CompressionReport(
             self.request_id,
-            plan.prompt_tokens,
-            full,
-            full - plan.first_lease_block,
-            plan.num_lease_blocks,
-            plan.kept_share,
+            self._request.prompt_tokens,
+            segment.part,
+            segment.first_token,
+            segment.end_token,
+            segment.num_blocks,
+            segment.num_lease_blocks,
             per_format,
             seconds,
         )

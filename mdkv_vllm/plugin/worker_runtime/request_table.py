@@ -2,67 +2,103 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import RequestPlan, Segment
 from mdkv_vllm.policy import Policy
 from mdkv_vllm.request import CompressionRequest
 
 
 @dataclass
-class Prompt:
-    """A prompt on its way to compression, or compressed.
+class HeldRequest:
+    """A request, its segments so far, and their leases.
 
     Attributes:
-        request: whose it is.
-        plan: of its lease; None where it stays uncompressed.
-        window: queries captured so far, see :class:`.query_window.QueryWindow`.
+        request: what compression was told of it.
+        plan: its segments; None where it stays uncompressed.
+        leases: of its compressed segments, in order: first block and the one behind the last.
+        windows: by segments that are not compressed yet, the queries captured so far, see
+            :class:`.query_window.QueryWindow`.
+        computed_tokens: that it had after its last step.
+        given: how many segments the runner has been given.
     """
 
     request: CompressionRequest
-    plan: LeasePlan | None
-    window: torch.Tensor | None = None
+    plan: RequestPlan | None
+    leases: list[tuple[int, int]] = field(default_factory=list)
+    windows: dict[Segment, torch.Tensor] = field(default_factory=dict)
+    computed_tokens: int = 0
+    given: int = 0
+    _segments: Iterator[Segment] | None = None
+    _known: list[Segment] = field(default_factory=list)
+
+    def segments_from(self, number: int, before_token: int) -> Iterator[Segment]:
+        """Segments from a number on whose window begins before a token."""
+        while segment := self._segment(number):
+            if segment.window_start >= before_token:
+                return
+            yield segment
+            number += 1
+
+    def lose_blocks(self) -> None:
+        """Begin again: a preemption took all its blocks."""
+        self.leases, self.windows = [], {}
+        self.computed_tokens = self.given = 0
+
+    def _segment(self, number: int) -> Segment | None:
+        if self.plan is None:
+            return None
+        if self._segments is None:
+            self._segments = self.plan.segments()
+        while len(self._known) <= number:
+            segment = next(self._segments, None)
+            if segment is None:
+                return None
+            self._known.append(segment)
+        return self._known[number]
 
 
 class RequestTable:
-    """Prompts by their request's id.
+    """Requests by their ids.
 
     Args:
-        policy: plans their leases.
+        policy: plans their segments.
     """
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._prompts: dict[str, Prompt] = {}
+        self._held: dict[str, HeldRequest] = {}
 
-    def __getitem__(self, request_id: str) -> Prompt:
-        return self._prompts[request_id]
+    def __getitem__(self, request_id: str) -> HeldRequest:
+        return self._held[request_id]
 
     def add(self, new: Iterable[CompressionRequest]) -> None:
         """Take in requests, those that come again after a preemption included."""
         for request in new:
             plan = self._policy.plan_request(request)
-            held = plan if isinstance(plan, LeasePlan) else None
-            self._prompts[request.request_id] = Prompt(request, held)
+            planned = plan if isinstance(plan, RequestPlan) else None
+            self._held[request.request_id] = HeldRequest(request, planned)
 
     def remove(self, finished: set[str], preempted: set[str]) -> None:
-        """Forget requests that ended, and the windows of those that lost their blocks."""
+        """Forget requests that ended, and the leases of those that lost their blocks."""
         for request_id in finished:
-            self._prompts.pop(request_id, None)
-        for request_id in preempted & self._prompts.keys():
-            self._prompts[request_id].window = None
+            self._held.pop(request_id, None)
+        for request_id in preempted & self._held.keys():
+            self._held[request_id].lose_blocks()
 
     def describe(self) -> list[dict[str, Any]]:
         """Every request, without its content."""
         return [
             {
                 "request_id": request_id,
-                "prompt_tokens": prompt.request.prompt_tokens,
-                "planned_share": prompt.plan.kept_share if prompt.plan else 1.0,
+                "prompt_tokens": held.request.prompt_tokens,
+                "planned_share": held.plan.kept_share if held.plan else 1.0,
+                "computed_tokens": held.computed_tokens,
+                "compressed_segments": len(held.leases),
             }
-            for request_id, prompt in self._prompts.items()
+            for request_id, held in self._held.items()
         ]

@@ -31,11 +31,13 @@ class StepLimits:
     Attributes:
         tokens: query tokens.
         requests: rows.
+        leases: of a request.
         graph_tokens: the largest batch that a CUDA graph holds; 0 without graphs.
     """
 
     tokens: int
     requests: int
+    leases: int
     graph_tokens: int
 
 
@@ -80,7 +82,7 @@ class Runtime:
         self._runner = CompressionRunner(policy, compressor, kv_cache)
         self._builder = StepBuilder(
             self._table, self._window, self._runner, prefill, order,
-            limits.tokens, limits.requests, device,
+            limits.tokens, limits.requests, limits.leases, device,
         )  # fmt: skip
         self._stepping = False
 
@@ -114,9 +116,9 @@ class Runtime:
     ) -> Iterator[None]:
         """Around one step of the model; what runs outside of any is vLLM's warm-up.
 
-        Compresses the prompts that ended in the last step, one after the other: the first token
-        does not wait, and a request that ends with it costs nothing. The scheduler may already
-        have given freed blocks away, but nobody writes them before this step's forward pass.
+        Compresses segments that ripened in steps before: the tokens of those steps do not wait,
+        and a request that ends with one costs nothing. The scheduler may already have given freed
+        blocks away, but nobody writes them before this step's forward pass.
 
         Args:
             finished: ids of requests that ended since the last step.
@@ -191,8 +193,10 @@ class Runtime:
         while queries <= self._limits.requests:
             nothing = torch.zeros(queries, dtype=torch.int32, device=device)
             query = torch.zeros(queries, *self._query_shape, dtype=self._query_dtype, device=device)
-            leases = torch.zeros(queries, 2, dtype=torch.int32, device=device)
-            batch = DecodeBatch(leases, nothing, nothing, leases)
+            table = torch.zeros(queries, 1, dtype=torch.int32, device=device)
+            shape = (queries, self._limits.leases, 2)
+            leases = torch.zeros(shape, dtype=torch.int32, device=device)
+            batch = DecodeBatch(table, nothing, nothing, leases)
             output = torch.empty_like(query)
             # Steps that graphs may replay keep their queries, others do not.
             self._decode.attend(query, 0, batch, output)
@@ -205,10 +209,10 @@ class Runtime:
 
     @property
     def window_bytes(self) -> int:
-        """Bytes of the windows of as many prompts as may end in one step."""
-        shortest = self.policy.config.min_prompt_tokens
-        prompts = min(self._limits.requests, self._limits.tokens // shortest + 1)
-        return self._window.bytes_of(prompts)
+        """Bytes of the windows that may be held: a request's next one each, and a chunk's."""
+        config = self.policy.config
+        shortest = min(config.min_prompt_tokens, config.segment_tokens)
+        return self._window.bytes_of(self._limits.requests + self._limits.tokens // shortest)
 
 
 _current: Runtime | None = None

@@ -27,7 +27,7 @@ class _Step:
         self.tokens: list[int] = []
         self.token_rows: list[int] = []
         self.token_lengths: list[int] = []
-        self.leases = [(0, 0)] * batch.num_reqs
+        self.leases: dict[int, list[tuple[int, int]]] = {}
 
     def decode(self, row: int, start: int, stop: int, context: int) -> None:
         """Let a row's query tokens go through the decode kernel one by one."""
@@ -50,16 +50,17 @@ class _Step:
 
 
 class StepBuilder:
-    """Sorts a step's requests into prefills and decodes, and notes prompts that end in it.
+    """Sorts a step's requests into prefills and decodes, and notes segments that ripen in it.
 
     Args:
         table: the requests.
-        window: captures the prompts' last queries.
-        runner: compresses prompts that end.
+        window: captures the queries that score segments.
+        runner: compresses segments that are ripe.
         prefill: attention of prompts.
         order: reads the running batch.
         max_tokens: query tokens of a step at most.
         max_requests: rows of a step at most.
+        max_leases: of a request at most.
         device: where the cache is.
     """
 
@@ -72,6 +73,7 @@ class StepBuilder:
         order: BatchOrder,
         max_tokens: int,
         max_requests: int,
+        max_leases: int,
         device: torch.device,
     ) -> None:
         self._table = table
@@ -80,7 +82,7 @@ class StepBuilder:
         self._prefill = prefill
         self._order = order
         self._device = device
-        self._buffers = StepBuffers(max_tokens, max_requests, device)
+        self._buffers = StepBuffers(max_tokens, max_requests, max_leases, device)
 
     def build(self, batch: CommonAttentionMetadata, stepping: bool) -> MixedDimMetadata:
         """Build one step's metadata, shared by all layers.
@@ -111,18 +113,17 @@ class StepBuilder:
     def _add(
         self, step: _Step, request_id: str, row: int, start: int, stop: int, length: int
     ) -> None:
-        prompt = self._table[request_id]
-        context, plan = length - (stop - start), prompt.plan
-        leased = plan is not None and context >= plan.prompt_tokens
-        if plan is not None and leased:
-            step.leases[row] = (plan.first_lease_block, plan.tail_block)
-        elif plan is not None:
-            self._window.note(prompt, plan, step.metadata, start, context, length)
-            if length >= plan.prompt_tokens:
-                needed = -(-plan.prompt_tokens // plan.block_size)
-                blocks = step.batch.block_table_tensor[row, :needed].clone()
-                self._runner.add(prompt, plan, blocks)
-        if leased or stop - start == 1:
+        held, context = self._table[request_id], length - (stop - start)
+        if held.leases:
+            step.leases[row] = held.leases
+        self._window.note(held, step.metadata, start, context, length)
+        for segment in held.segments_from(held.given, length):
+            if segment.ripe_at > length:
+                break
+            blocks = step.batch.block_table_tensor[row, segment.first_block : segment.loaded_end]
+            self._runner.add(held, segment, blocks.clone())
+        held.computed_tokens = length
+        if held.leases or stop - start == 1:
             step.decode(row, start, stop, context)
         else:
             step.chunks.append(Chunk(start, stop, context, row))

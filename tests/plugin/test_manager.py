@@ -6,6 +6,7 @@ must find the tokens it stands for, and a lease must be its request's alone.
 """
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from mdkv_vllm.config import REQUEST_BUDGET, MixedDimConfig
-from mdkv_vllm.core.plan import LeasePlan, SkipReason
+from mdkv_vllm.core.plan import RequestPlan, Segment, SkipReason
 from mdkv_vllm.plugin.metrics.recorder import current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,
@@ -38,20 +39,25 @@ from mdkv_vllm.plugin.metrics.table import (
     PROMPT_BUDGET,
     PROMPTS_COMPRESSED,
     PROMPTS_SKIPPED,
+    SEGMENTS_COMPRESSED,
 )
 from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
 from mdkv_vllm.plugin.validation import admit
 
-BLOCK, LAYERS, BLOCKS = 16, 2, 64
+BLOCK, LAYERS, BLOCKS, IN_FLIGHT = 16, 2, 64, 500
 BLOCK_BYTES = LAYERS * 2 * BLOCK * 2 * 64 * 2
-CONFIG = MixedDimConfig(budget=0.4, window=8, min_prompt_tokens=48)
+CONFIG = MixedDimConfig(budget=0.4, window=8, min_prompt_tokens=48, segment_tokens=128)
+NO_SAVING = MixedDimConfig(formats=("full",), window=8, min_prompt_tokens=48)
+ROLLING = MixedDimConfig(
+    budget=0.3, window=8, min_prompt_tokens=48, segment_tokens=96, segments="rolling"
+)
 register_spec()
 init_none_hash(sha256)
 
 
 def spec_for(config=CONFIG):
     full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    return MixedDimSpec.of(full, config, LAYERS)
+    return MixedDimSpec.of(full, config, LAYERS, IN_FLIGHT)
 
 
 def make_manager(caching=True, config=CONFIG):
@@ -97,8 +103,9 @@ class LeaseLife(RuleBasedStateMachine):
         self.pool = self.manager.block_pool
         self.waiting, self.running = [], []
         self.memory: dict[int, object] = {}
-        self.before_last_step: dict[str, int] = {}
-        self.pending: list[tuple[Request, list[int]]] = []
+        self.processed: dict[str, int] = {}
+        self.compressed: dict[str, int] = {}
+        self.ripe: list[tuple[Request, Segment, list[int]]] = []
         self.count = 0
         self.admitted: dict[str, Request] = {}
 
@@ -113,8 +120,8 @@ class LeaseLife(RuleBasedStateMachine):
         self.waiting.append(make_request(f"r{self.count}", prompt, budget, self.admitted_by))
 
     @precondition(lambda self: self.waiting)
-    @rule(chunk=st.integers(1, 500))
-    def admit_first(self, chunk):
+    @rule(chunk=st.integers(1, IN_FLIGHT), early=st.integers(0, 3))
+    def admit_first(self, chunk, early):
         request = self.waiting[0]
         hits, num_hit, _ = self.manager.get_computed_blocks(request)
         for index, block in enumerate(hits.blocks[0]):
@@ -128,19 +135,33 @@ class LeaseLife(RuleBasedStateMachine):
         request.num_computed_tokens = num_hit
         self.running.append(request)
         self.admitted[request.request_id] = request
-        self._run(request, chunk)
+        self.compressed[request.request_id] = 0
+        self._run(request, chunk, early)
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), chunk=st.integers(1, 300))
-    def continue_one(self, data, chunk):
+    @rule(data=st.data(), chunk=st.integers(1, 300), early=st.integers(0, 3))
+    def continue_one(self, data, chunk, early):
+        self._step(data.draw(st.sampled_from(self.running)), chunk, early)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), steps=st.integers(2, 150), in_flight=st.booleans())
+    def decode_one(self, data, steps, in_flight):
+        """Many tokens, each scheduled before or after the one before it is known to be done."""
         request = data.draw(st.sampled_from(self.running))
+        for _ in range(steps):
+            if request in self.running:
+                request.num_in_flight_tokens = int(in_flight)
+                self._step(request, 1, early=0)
+                request.num_in_flight_tokens = 0
+
+    def _step(self, request, chunk, early):
         chunk = min(chunk, request.num_tokens - request.num_computed_tokens)
         while self.manager.allocate_slots(request, chunk) is None:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
                 return
-        self._run(request, chunk)
+        self._run(request, chunk, early)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -155,7 +176,7 @@ class LeaseLife(RuleBasedStateMachine):
 
     def _leave(self, request):
         self.running.remove(request)
-        self.pending = [ended for ended in self.pending if ended[0] is not request]
+        self.ripe = [one for one in self.ripe if one[0] is not request]
         self.manager.free(request)
 
     def _preempt(self, request):
@@ -164,39 +185,55 @@ class LeaseLife(RuleBasedStateMachine):
         request.num_computed_tokens = 0
         self.waiting.insert(0, request)
 
-    def _run(self, request, chunk):
-        """What the worker does in a step: compress what ended in the last one, then write."""
-        self._compress_ended()
+    def _run(self, request, chunk, early):
+        """What the worker does in a step: compress what is due and some of the rest, then write."""
+        for one in [one for one in self.ripe if one[0].num_computed_tokens >= one[1].due_at]:
+            self._compress(one)
+        for one in self.ripe[:early]:
+            self._compress(one)
         before = request.num_computed_tokens
-        self.before_last_step[request.request_id] = before
+        self.processed[request.request_id] = before - request.num_in_flight_tokens
         after = before + chunk
         blocks = self.single.req_to_blocks[request.request_id]
         plan = self.single.plan_of(request)
-        leased = isinstance(plan, LeasePlan) and before >= plan.prompt_tokens
+        behind = self._leases(request)[-1][1] if self._leases(request) else 0
         for index in range(before // BLOCK, -(-after // BLOCK)):
             block = blocks[index]
             assert not block.is_null
-            assert not (leased and index < plan.tail_block)
+            assert index >= behind, "written into a lease"
             upto = min((index + 1) * BLOCK, after)
             self.memory[block.block_id] = tuple(request.all_token_ids[:upto])
-        if isinstance(plan, LeasePlan) and before < plan.prompt_tokens <= after:
-            self.pending.append((request, [block.block_id for block in blocks]))
+        if isinstance(plan, RequestPlan):
+            waiting = sum(one[0] is request for one in self.ripe)
+            known = self.compressed[request.request_id] + waiting
+            ids = [block.block_id for block in blocks]
+            self.ripe += [(request, segment, ids) for segment in plan.ripe(after)[known:]]
         request.num_computed_tokens = after
         if after == request.num_tokens:
             request.append_output_token_ids(7)
 
-    def _compress_ended(self):
-        for request, block_ids in self.pending:
-            plan = self.single.plan_of(request)
-            for index in range(plan.tail_block):
-                tokens = tuple(request.all_token_ids[: (index + 1) * BLOCK])
-                assert self.memory[block_ids[index]] == tokens, "overwritten before compression"
-            for block_id in block_ids[plan.first_lease_block : plan.tail_block]:
-                block = self.pool.blocks[block_id]
-                assert block.ref_cnt == 1, "a lease block is shared"
-                assert block.block_hash is None, "a lease block is hashed"
-                self.memory[block_id] = ("lease", request.request_id)
-        self.pending = []
+    def _compress(self, one):
+        request, segment, ids = one
+        self.ripe.remove(one)
+        self.compressed[request.request_id] += 1
+        # Some of them, those of the window among them, may be freed by now, but not given away.
+        for index in range(segment.first_block, segment.loaded_end):
+            tokens = tuple(request.all_token_ids[: (index + 1) * BLOCK])
+            held = self.memory[ids[index]]
+            assert tokens[: len(held)] == held, "overwritten before compression"
+            assert len(held) >= min(segment.ripe_at, (index + 1) * BLOCK)
+        for index in range(*segment.lease):
+            block = self.pool.blocks[ids[index]]
+            assert block.ref_cnt == 1, "a lease block is shared"
+            assert block.block_hash is None, "a lease block is hashed"
+            self.memory[block.block_id] = ("lease", request.request_id, segment.first_block)
+
+    def _leases(self, request):
+        plan = self.single.plan_of(request)
+        if not isinstance(plan, RequestPlan):
+            return []
+        number = self.compressed[request.request_id]
+        return [segment.lease for segment in islice(plan.segments(), number)]
 
     @invariant()
     def no_leak_and_no_double_use(self):
@@ -210,19 +247,32 @@ class LeaseLife(RuleBasedStateMachine):
             assert self.pool.blocks[block_id].ref_cnt == len(owners)
 
     @invariant()
-    def compressed_prompts_gave_their_blocks_back(self):
+    def due_segments_gave_their_blocks_back_and_no_others(self):
         for request in self.running:
             plan = self.single.plan_of(request)
             blocks = self.single.req_to_blocks[request.request_id]
             if isinstance(plan, SkipReason):
+                assert not any(block.is_null for block in blocks)
                 continue
-            # Freed when the step after the rewrite is scheduled.
-            if self.before_last_step[request.request_id] >= plan.prompt_tokens:
-                assert all(b.is_null for b in blocks[: plan.first_lease_block])
-            for block in blocks[plan.first_lease_block : plan.tail_block]:
-                assert block.block_hash is None
-                if self.before_last_step[request.request_id] >= plan.prompt_tokens:
-                    assert self.memory[block.block_id] == ("lease", request.request_id)
+            due = plan.due(self.processed[request.request_id])
+            freed = {b for s in due for b in range(s.first_block, s.first_lease_block)}
+            assert freed == {index for index, block in enumerate(blocks) if block.is_null}
+            for segment in plan.ripe(request.num_computed_tokens):
+                for block in blocks[segment.first_lease_block : segment.end_block]:
+                    assert block.block_hash is None
+            for number, (first, end) in enumerate(self._leases(request)):
+                start = next(islice(plan.segments(), number, None)).first_block
+                for block in blocks[first:end]:
+                    assert self.memory[block.block_id] == ("lease", request.request_id, start)
+
+    @invariant()
+    def nobody_holds_more_than_declared(self):
+        policy = self.single.kv_cache_spec.policy
+        for request in self.running:
+            if (request.sampling_params.extra_args or {}).get(REQUEST_BUDGET) is None:
+                blocks = self.single.req_to_blocks[request.request_id]
+                most = policy.most_blocks(len(blocks) * BLOCK, IN_FLIGHT)
+                assert sum(not block.is_null for block in blocks) <= most
 
     @invariant()
     def metrics_are_exact(self):
@@ -239,7 +289,10 @@ class LeaseLife(RuleBasedStateMachine):
             recorder.value(PROMPT_BUDGET, "mixeddim:prompt_budget_bucket", le=floatToGoString(b))
             for b in bounds
         )
-        assert recorder.value(PROMPTS_COMPRESSED) <= recorder.value(BLOCKS_RETURNED)
+        prompts = recorder.value(SEGMENTS_COMPRESSED, part="prompt")
+        segments = prompts + recorder.value(SEGMENTS_COMPRESSED, part="answer")
+        assert recorder.value(PROMPTS_COMPRESSED) <= prompts
+        assert segments <= recorder.value(BLOCKS_RETURNED)
 
     def teardown(self):
         for request in self.running:
@@ -253,32 +306,44 @@ class LeaseLifeWithoutPrefixCache(LeaseLife):
     caching = False
 
 
+class LeaseLifeRolling(LeaseLife):
+    """Prompts are compressed while they are prefilled."""
+
+    config = admitted_by = ROLLING
+
+
 class LeaseLifeOptIn(LeaseLife):
     """Nothing is compressed but what asks for it."""
 
-    config = admitted_by = MixedDimConfig(budget=1, window=8, min_prompt_tokens=48)
+    config = admitted_by = MixedDimConfig(
+        budget=1, window=8, min_prompt_tokens=48, segment_tokens=128
+    )
 
 
 class LeaseLifeByTokens(LeaseLife):
     """Short prompts have no lease by default."""
 
-    config = admitted_by = MixedDimConfig(budget_tokens=150, window=8, min_prompt_tokens=48)
+    config = admitted_by = MixedDimConfig(
+        budget_tokens=150, window=8, min_prompt_tokens=48, segment_tokens=128
+    )
 
 
 class LeaseLifeAdmittedByAnother(LeaseLife):
     """Two engines in one process: requests are admitted by the newer one's settings."""
 
-    admitted_by = MixedDimConfig(budget=0.9, window=8, min_prompt_tokens=48)
+    admitted_by = MixedDimConfig(budget=0.9, window=8, min_prompt_tokens=48, segment_tokens=128)
 
 
 TestLeaseLife = LeaseLife.TestCase
 TestLeaseLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLeaseLifeWithoutPrefixCache = LeaseLifeWithoutPrefixCache.TestCase
+TestLeaseLifeRolling = LeaseLifeRolling.TestCase
 TestLeaseLifeOptIn = LeaseLifeOptIn.TestCase
 TestLeaseLifeByTokens = LeaseLifeByTokens.TestCase
 TestLeaseLifeAdmittedByAnother = LeaseLifeAdmittedByAnother.TestCase
 for case in (
     TestLeaseLifeWithoutPrefixCache,
+    TestLeaseLifeRolling,
     TestLeaseLifeOptIn,
     TestLeaseLifeByTokens,
     TestLeaseLifeAdmittedByAnother,
@@ -296,7 +361,7 @@ def run_prompt(manager, request):
 def test_freed_blocks_keep_their_hash_and_the_lease_is_recomputed():
     manager = make_manager()
     first = make_request("a", document(0, 320))
-    plan = spec_for().policy.plan(320, None)
+    plan = spec_for().policy.plan(320)
     run_prompt(manager, first)
     manager.remove_skipped_blocks("a", 320, 320)
     assert manager.block_pool.get_num_free_blocks() == BLOCKS - 1 - (20 - plan.first_lease_block)
@@ -354,17 +419,17 @@ def test_a_resumed_request_hits_nothing_of_its_own_lease():
     resumed.status, resumed.num_computed_tokens = RequestStatus.PREEMPTED, 0
     longer = make_request("b", document(0, 320) + [7] * 60 + document(2, 320))
     run_prompt(manager, longer)
-    first_lease = spec_for().policy.plan(320, None).first_lease_block
-    assert spec_for().policy.plan(700, None).first_lease_block > first_lease
+    first_lease = spec_for().policy.plan(320).first_lease_block
+    assert spec_for().policy.plan(700).first_lease_block > first_lease
     assert run_prompt(manager, resumed) == first_lease * BLOCK
 
 
 @pytest.mark.parametrize(
     ("length", "budget", "config", "changes", "reason"),
     [
-        (40, None, CONFIG, {}, SkipReason.TOO_SHORT),
         (320, 1.0, CONFIG, {}, SkipReason.FULL_BUDGET),
-        (48, None, CONFIG, {}, SkipReason.NO_SAVING),
+        (320, None, NO_SAVING, {}, SkipReason.NO_SAVING),
+        (40, None, NO_SAVING, {}, SkipReason.TOO_SHORT),
         (320, None, MixedDimConfig(enabled=False), {}, SkipReason.DISABLED),
         (320, None, CONFIG, {"resumable": True}, SkipReason.SESSION),
     ],
@@ -385,7 +450,7 @@ def test_what_a_compression_gives_back_is_counted():
     run_prompt(manager, make_request("a", document(0, 320)))
     for _ in range(2):
         manager.remove_skipped_blocks("a", 320, 320)
-    returned = spec_for().policy.plan(320, None).first_lease_block
+    returned = spec_for().policy.plan(320).first_lease_block
     assert current_recorder().value(PROMPTS_COMPRESSED) == 1
     assert current_recorder().value(BLOCKS_RETURNED) == returned
     assert current_recorder().value(KEPT_BYTES) == (20 - returned) * BLOCK_BYTES

@@ -22,3 +22,9 @@ def on_device(numbers: Sequence[int], dtype: torch.dtype, device: torch.device) 
     """Numbers of the host on a device, without waiting for it."""
     host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
+
+
+def runs_on_device(runs: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """int64 numbers ``begin .. end - 1`` of every run, one after the other, on a device."""
+    host = torch.cat([torch.arange(begin, end) for begin, end in runs])
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)

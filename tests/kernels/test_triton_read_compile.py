@@ -12,7 +12,7 @@ from compiler import SHARED_LIMIT, compile_signature
 
 from mdkv_vllm.kernels.interface import SOURCE_FIELDS
 from mdkv_vllm.kernels.triton.elements import element_type
-from mdkv_vllm.kernels.triton.read import NUM_WARPS, ReadShape
+from mdkv_vllm.kernels.triton.read import ReadShape
 from mdkv_vllm.kernels.triton.read_kernels import read_sources
 from mdkv_vllm.testing.leases import EVERY_FORMAT
 
@@ -46,7 +46,8 @@ def compiled(capability, head_size, names, dtype, prompt_rank):
         return f"*{types[argument]}" if argument in types else "i32"
 
     signature = {argument: kind(argument) for argument in read_sources.arg_names}
-    return compile_signature(read_sources, signature, constants, capability, NUM_WARPS)
+    warps = constants["SHAPE"].num_warps
+    return compile_signature(read_sources, signature, constants, capability, warps)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)

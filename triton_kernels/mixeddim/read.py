@@ -21,7 +21,6 @@ from .shapes import DecodeShape
 BLOCKS_PER_PROGRAM = 8
 """Blocks of a source for which there is a program; a lease's lists have about a page per block."""
 MAX_OUT_DIMS = 128
-NUM_WARPS = 4
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +36,11 @@ class ReadShape(DecodeShape):
     def out_blocks(self) -> int:
         """Times that takes."""
         return self.padded_head // self.out_dims
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program: as many as hold a block of directions in registers."""
+        return 8 if self.padded_head > MAX_OUT_DIMS else 4
 
     @property
     def value_tokens(self) -> int:
@@ -97,5 +101,5 @@ class TritonReader:
             SHAPE=self._shape,
             FIELDS=SOURCE_FIELDS,
             OUT=element_type(keys.dtype),
-            num_warps=NUM_WARPS,
+            num_warps=self._shape.num_warps,
         )

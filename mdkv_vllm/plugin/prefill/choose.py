@@ -10,7 +10,8 @@ import torch
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.kernels.interface import PrefillAttention, ReadConfig
 from mdkv_vllm.kernels.registry import lease_reader
-from mdkv_vllm.plugin.prefill.leased import HeadAttention, LeasedPrefill
+from mdkv_vllm.plugin.prefill.head_calls import HeadAttention
+from mdkv_vllm.plugin.prefill.leased import LeasedPrefill
 from mdkv_vllm.plugin.prefill.sdpa import SdpaHeads, SdpaPrefill
 
 Reason = str | None

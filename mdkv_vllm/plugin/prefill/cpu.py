@@ -17,7 +17,7 @@ from vllm import _custom_ops as vllm_ops
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.compat import attention_isa
 from mdkv_vllm.plugin.kv_cache import load_tokens
-from mdkv_vllm.plugin.prefill.leased import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
 
 SCRATCH_BLOCK = 128
 """Tokens per scratch block, the stock backend's own block size."""
@@ -164,13 +164,13 @@ class _Call:
 
 
 class CpuHeads:
-    """:class:`.leased.HeadAttention` by vLLM's kernel: each KV head a request of one head."""
+    """:class:`.head_calls.HeadAttention` by vLLM's kernel: each KV head a request of one head."""
 
     align = SCRATCH_BLOCK
     packed = True
 
     def prepare(self, call: HeadCall) -> HeadStep:
-        """See :class:`.leased.HeadAttention`."""
+        """See :class:`.head_calls.HeadAttention`."""
         return partial(self._attend, call)
 
     def _attend(

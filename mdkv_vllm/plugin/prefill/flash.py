@@ -14,7 +14,7 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.prefill.chunks import on_device, tokens_of
-from mdkv_vllm.plugin.prefill.leased import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
 
 
 class FlashPrefill:
@@ -106,7 +106,7 @@ class FlashStep:
 
 
 class FlashHeads:
-    """:class:`.leased.HeadAttention` by one call, over keys that lie side by side.
+    """:class:`.head_calls.HeadAttention` by one call, over keys that lie side by side.
 
     Args:
         head_size: dimensions of a head.
@@ -119,7 +119,7 @@ class FlashHeads:
         self._version = get_flash_attn_version(head_size=head_size)
 
     def prepare(self, call: HeadCall) -> HeadStep:
-        """See :class:`.leased.HeadAttention`."""
+        """See :class:`.head_calls.HeadAttention`."""
         return partial(self._attend, call)
 
     def _attend(

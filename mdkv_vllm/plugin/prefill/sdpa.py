@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.kv_cache import load_tokens
-from mdkv_vllm.plugin.prefill.leased import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that torch may write out at a time, where it has no kernel that writes none."""
@@ -93,13 +93,13 @@ def _rows_at_once(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor)
 
 
 class SdpaHeads:
-    """:class:`.leased.HeadAttention`, one sequence after the other, padded and masked."""
+    """:class:`.head_calls.HeadAttention`, one sequence after the other, padded and masked."""
 
     align = 8
     packed = False
 
     def prepare(self, call: HeadCall) -> HeadStep:
-        """See :class:`.leased.HeadAttention`."""
+        """See :class:`.head_calls.HeadAttention`."""
         return partial(self._attend, call)
 
     def _attend(

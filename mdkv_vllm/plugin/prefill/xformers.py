@@ -16,7 +16,7 @@ from xformers.ops.fmha.attn_bias import (
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.prefill.chunks import tokens_of
-from mdkv_vllm.plugin.prefill.leased import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
 
 
 class XformersPrefill:
@@ -80,13 +80,13 @@ class XformersStep:
 
 
 class XformersHeads:
-    """:class:`.leased.HeadAttention` by one call, over keys that lie equally far apart."""
+    """:class:`.head_calls.HeadAttention` by one call, over keys that lie equally far apart."""
 
     align = 8
     packed = False
 
     def prepare(self, call: HeadCall) -> HeadStep:
-        """See :class:`.leased.HeadAttention`."""
+        """See :class:`.head_calls.HeadAttention`."""
         count = len(call.counts)
         mask = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
             call.counts,
@@ -104,13 +104,13 @@ class XformersHeads:
         scale: float,
     ) -> torch.Tensor:
         # How many keys there are, kernels read on the device.
-        lengths = replace(mask.k_seqinfo, seqlen=keys.lengths)
+        mask = replace(mask, k_seqinfo=replace(mask.k_seqinfo, seqlen=keys.lengths))
         group = query.shape[1]
         key, value = (
             side[None, :, None, None].expand(-1, -1, -1, group, -1)
             for side in (keys.keys, keys.values)
         )
         result = memory_efficient_attention_forward(
-            query[None, :, None], key, value, attn_bias=replace(mask, k_seqinfo=lengths), scale=scale
+            query[None, :, None], key, value, attn_bias=mask, scale=scale
         )
         return result[0, :, 0]

@@ -22,7 +22,7 @@ Pair = tuple[PrefillAttention, HeadAttention]
 
 def choose_prefill(
     requested: str, config: ReadConfig, dtype: torch.dtype
-) -> tuple[str, PrefillAttention]:
+) -> tuple[str, LeasedPrefill]:
     """The setting ``prefill`` on a device: its name in words, and the implementation.
 
     Args:

@@ -14,7 +14,7 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.prefill.chunks import on_device, tokens_of
-from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import FEWEST_TOKENS, HeadCall, HeadKeys, HeadStep
 
 
 class FlashPrefill:
@@ -114,6 +114,7 @@ class FlashHeads:
 
     align = 1
     packed = True
+    fewest_tokens = FEWEST_TOKENS
 
     def __init__(self, head_size: int) -> None:
         self._version = get_flash_attn_version(head_size=head_size)

@@ -21,10 +21,13 @@ from torch.nn.functional import pad
 
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.interface import Chunk, LeaseReader, ReadConfig, Sources
-from mdkv_vllm.plugin.prefill.chunks import on_device, runs_on_device
+from mdkv_vllm.plugin.prefill.chunks import on_device, read_page_tables, runs_on_device
 
 SCRATCH_BYTES = 256 << 20
 """Keys and values that are read back at a time, but for a sequence which alone has more."""
+FEWEST_TOKENS = 16
+"""Of a chunk on GPUs, an estimate: reading back writes and reads a key that decoding only reads,
+but decoding does so once per query."""
 MAX_ALIGN = 128
 """Rows that any attention aligns sequences to, at most."""
 
@@ -107,10 +110,12 @@ class HeadAttention(Protocol):
         align: multiple of rows at which sequences begin.
         packed: whether a sequence begins where the one before ends; otherwise all of them are
             apart by the same number of rows.
+        fewest_tokens: of a chunk; a smaller one costs less by the decode kernel, token by token.
     """
 
     align: int
     packed: bool
+    fewest_tokens: int
 
     def prepare(self, call: HeadCall) -> HeadStep:
         """Prepare a call."""
@@ -131,7 +136,7 @@ def scratch_bytes(
     """
     vector = layout.geometry.head_size * dtype.itemsize
     one = 2 * vector * (max_tokens + MAX_ALIGN)
-    # Queries of every head, side by side, and what attention makes of them.
+    # Queries side by side, and what attention makes of them.
     rows = 2 * vector * group * layout.num_kv_heads * step_tokens
     return max(one, SCRATCH_BYTES) + rows
 
@@ -163,22 +168,6 @@ def plan_calls(
         _Call(some, width, chunks, block_table, layout).plan(before, heads)
         for some, width in _calls(chunks, layout.num_kv_heads, most_rows, heads.align)
     ]
-
-
-def read_page_tables(
-    config: ReadConfig, chunks: Sequence[Chunk], block_table: torch.Tensor
-) -> torch.Tensor:
-    """Page tables of all the chunks' leases: int32 ``[leases, layers, kv_heads, formats, 2]``."""
-    rows = [chunk.row for chunk in chunks for _ in chunk.leases]
-    firsts = [first for chunk in chunks for first, _ in chunk.leases]
-    device = block_table.device
-    blocks = block_table[
-        on_device(rows, torch.int64, device), on_device(firsts, torch.int64, device)
-    ]
-    shape = config.layout.table_shape
-    size = shape[0] * shape[1] * shape[2] * shape[3]
-    words = config.kv_cache.flatten(1).view(torch.int32)[:, :size]
-    return words.index_select(0, blocks).view(len(rows), *shape)
 
 
 def _calls(
@@ -252,12 +241,11 @@ class _Call:
         table = self._ints([number for source in fields for number in source], torch.int32)
         counts = tuple(chunk.tokens for chunk in self._chunks)
         tokens = [(chunk.start, chunk.stop) for chunk in self._chunks]
-        device = self._block_table.device
         return HeadCall(
             counts=counts,
             most_keys=max(chunk.total for chunk in self._chunks),
             query_starts=self._ints([0, *accumulate(counts)], torch.int32),
-            tokens=runs_on_device(tokens, device),
+            tokens=runs_on_device(tokens, self._block_table.device),
             heads=heads.repeat_interleave(self._ints(counts), output_size=sum(counts)),
             rows=len(self._some) * self._width,
             starts=starts,

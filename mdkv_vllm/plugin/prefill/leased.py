@@ -16,9 +16,6 @@ from mdkv_vllm.kernels.interface import (
 )
 from mdkv_vllm.plugin.prefill.head_calls import HeadAttention, HeadCall, HeadStep, plan_calls
 
-FEWEST_TOKENS = 16
-"""Tokens of a chunk from which reading leases back costs less than decoding it token by token."""
-
 
 class LeasedPrefill:
     """:class:`mdkv_vllm.kernels.interface.PrefillAttention` of chunks with leases and without.
@@ -44,6 +41,11 @@ class LeasedPrefill:
         self._reader = reader
         self._config = config
         self._dtype = dtype
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Of a chunk with leases; a smaller one costs less by the decode kernel, token by token."""
+        return self._heads.fewest_tokens
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> PrefillStep:
         """See :class:`mdkv_vllm.kernels.interface.PrefillAttention`."""

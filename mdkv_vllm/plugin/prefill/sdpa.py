@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.kv_cache import load_tokens
-from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import FEWEST_TOKENS, HeadCall, HeadKeys, HeadStep
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that torch may write out at a time, where it has no kernel that writes none."""
@@ -97,6 +97,7 @@ class SdpaHeads:
 
     align = 8
     packed = False
+    fewest_tokens = FEWEST_TOKENS
 
     def prepare(self, call: HeadCall) -> HeadStep:
         """See :class:`.head_calls.HeadAttention`."""

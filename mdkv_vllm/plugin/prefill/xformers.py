@@ -16,7 +16,7 @@ from xformers.ops.fmha.attn_bias import (
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.prefill.chunks import tokens_of
-from mdkv_vllm.plugin.prefill.head_calls import HeadCall, HeadKeys, HeadStep
+from mdkv_vllm.plugin.prefill.head_calls import FEWEST_TOKENS, HeadCall, HeadKeys, HeadStep
 
 
 class XformersPrefill:
@@ -84,6 +84,7 @@ class XformersHeads:
 
     align = 8
     packed = False
+    fewest_tokens = FEWEST_TOKENS
 
     def prepare(self, call: HeadCall) -> HeadStep:
         """See :class:`.head_calls.HeadAttention`."""

@@ -34,14 +34,15 @@ struct Codes {
 template <typename Reader, int kGroup, int kVectors>
 MDKV_INLINE void add_rows(Vec (&acc)[kGroup][kVectors], const uint8_t* row, int64_t stride,
                           int count, int position, int field, const float* weights,
-                          int64_t weights_stride, Prefetcher& prefetcher) {
+                          int64_t weights_stride, Prefetcher& prefetcher,
+                          int64_t weights_step = 1) {
   constexpr int kLines = (kVectors * Reader::kVectorBytes + 63) / 64;
   for (int r = 0; r < count; ++r, row += stride) {
     prefetcher.step(kLines);
     Vec x[kVectors];
     for (int v = 0; v < kVectors; ++v) x[v] = Reader::at(row, position + v * kWidth, field);
     for (int g = 0; g < kGroup; ++g) {
-      const Vec weight = set1(weights[g * weights_stride + r]);
+      const Vec weight = set1(weights[g * weights_stride + r * weights_step]);
       for (int v = 0; v < kVectors; ++v) acc[g][v] = fma(weight, x[v], acc[g][v]);
     }
   }

@@ -3,6 +3,7 @@
 
 #include "compress_args.h"
 #include "decode_scratch.h"
+#include "read_scratch.h"
 
 namespace mdkv {
 
@@ -23,6 +24,8 @@ struct Kernels {
   // Merges a unit's parts, back-projects and writes its output rows.
   void (*finish)(const DecodeArgs&, const Unit&, Partial* parts, int64_t num_parts, TileScratch&);
 
+  // Reads a run of a source's pages back.
+  void (*read_pages)(const ReadArgs&, const Source&, int64_t begin, int64_t end, ReadScratch&);
   // Elements of one type to another, rounding to nearest even.
   void (*convert)(const void* from, Element from_type, void* to, Element to_type, int64_t count);
   // Packs keys and values, float [tokens, rank], into the pages of one list.

@@ -10,9 +10,9 @@
 namespace mdkv {
 
 const Kernels* avx2_kernels() {
-  static constexpr Kernels kernels = {"avx2",          avx2::prepare,  avx2::attend,
-                                      avx2::finish,    avx2::convert,  avx2::pack_list,
-                                      avx2::read_back, avx2::row_sums, avx2::token_sums};
+  static constexpr Kernels kernels = {
+      "avx2",        avx2::prepare,   avx2::attend,    avx2::finish,   avx2::read_pages,
+      avx2::convert, avx2::pack_list, avx2::read_back, avx2::row_sums, avx2::token_sums};
   return &kernels;
 }
 

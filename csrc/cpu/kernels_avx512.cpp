@@ -11,9 +11,9 @@
 namespace mdkv {
 
 const Kernels* avx512_kernels() {
-  static constexpr Kernels kernels = {"avx512",          avx512::prepare,  avx512::attend,
-                                      avx512::finish,    avx512::convert,  avx512::pack_list,
-                                      avx512::read_back, avx512::row_sums, avx512::token_sums};
+  static constexpr Kernels kernels = {
+      "avx512",        avx512::prepare,   avx512::attend,    avx512::finish,   avx512::read_pages,
+      avx512::convert, avx512::pack_list, avx512::read_back, avx512::row_sums, avx512::token_sums};
   return &kernels;
 }
 

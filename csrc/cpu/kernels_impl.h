@@ -6,6 +6,7 @@
 #include "pack.h"
 #include "prepare.h"
 #include "read_back.h"
+#include "read_pages.h"
 
 namespace mdkv {
 namespace MDKV_ISA {

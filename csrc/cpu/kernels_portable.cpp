@@ -9,10 +9,10 @@
 namespace mdkv {
 
 const Kernels* portable_kernels() {
-  static constexpr Kernels kernels = {
-      "portable",          portable::prepare,  portable::attend,
-      portable::finish,    portable::convert,  portable::pack_list,
-      portable::read_back, portable::row_sums, portable::token_sums};
+  static constexpr Kernels kernels = {"portable",          portable::prepare,    portable::attend,
+                                      portable::finish,    portable::read_pages, portable::convert,
+                                      portable::pack_list, portable::read_back,  portable::row_sums,
+                                      portable::token_sums};
   return &kernels;
 }
 

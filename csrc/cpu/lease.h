@@ -7,9 +7,15 @@ namespace mdkv {
 namespace MDKV_ISA {
 namespace {
 
+// A page of the lease that starts at block-table entry `first` of a row.
+MDKV_INLINE const uint8_t* lease_page(const DecodeArgs& args, int64_t row, int64_t first,
+                                      int64_t page) {
+  const int64_t block = first + page / args.pages_per_block;
+  return args.block(row, block) + page % args.pages_per_block * args.page_bytes;
+}
+
 MDKV_INLINE const uint8_t* lease_page(const DecodeArgs& args, const Unit& unit, int64_t page) {
-  const int64_t block = unit.first_lease_block + page / args.pages_per_block;
-  return args.block(unit.row, block) + page % args.pages_per_block * args.page_bytes;
+  return lease_page(args, unit.row, unit.first_lease_block, page);
 }
 
 MDKV_INLINE const uint8_t* tail_page(const DecodeArgs& args, const Unit& unit, int64_t block) {
@@ -30,24 +36,31 @@ inline void read_basis_row(const uint8_t* bytes, int dims, float* out) {
   for (int d = 0; d < dims; ++d) out[d] = to_float(row[d]);
 }
 
-// A head's basis of keys (side 0) or values (side 1): float [basis_rank, head_size].
-inline const float* basis_rows(const DecodeArgs& args, const Unit& unit, int side,
-                               TileScratch& scratch) {
+// A head's basis of keys (side 0) or values (side 1) in a lease, as floats [basis_rank, head_size].
+inline void read_prompt_basis(const DecodeArgs& args, int64_t row, int64_t first_block,
+                              int32_t head, int side, float* basis) {
   const int64_t rank = args.basis_rank, dims = args.head_size;
-  if (!args.prompt_basis) return (side ? args.basis_v : args.basis_k) + unit.head * rank * dims;
-  const int64_t head = int64_t{args.layer} * args.num_kv_heads + unit.head;
-  const int64_t first = args.basis_first_page + head * args.basis_pages_per_head;
+  const int64_t place = int64_t{args.layer} * args.num_kv_heads + head;
+  const int64_t first = args.basis_first_page + place * args.basis_pages_per_head;
   // A page is a whole number of rows, so no row crosses from one page to the next.
   const int64_t row_bytes = dims * element_bytes(args.cache_type);
   for (int64_t r = 0; r < rank; ++r) {
     const int64_t at = (side * rank + r) * row_bytes;
-    const uint8_t* row =
-        lease_page(args, unit, first + at / args.page_bytes) + at % args.page_bytes;
-    float* out = scratch.basis + r * dims;
-    if (args.cache_type == Element::kFloat32) read_basis_row<float>(row, args.head_size, out);
-    if (args.cache_type == Element::kBFloat16) read_basis_row<BFloat16>(row, args.head_size, out);
-    if (args.cache_type == Element::kFloat16) read_basis_row<Half>(row, args.head_size, out);
+    const uint8_t* bytes =
+        lease_page(args, row, first_block, first + at / args.page_bytes) + at % args.page_bytes;
+    float* out = basis + r * dims;
+    if (args.cache_type == Element::kFloat32) read_basis_row<float>(bytes, args.head_size, out);
+    if (args.cache_type == Element::kBFloat16) read_basis_row<BFloat16>(bytes, args.head_size, out);
+    if (args.cache_type == Element::kFloat16) read_basis_row<Half>(bytes, args.head_size, out);
   }
+}
+
+// A unit's basis of keys (side 0) or values (side 1): float [basis_rank, head_size].
+inline const float* basis_rows(const DecodeArgs& args, const Unit& unit, int side,
+                               TileScratch& scratch) {
+  const int64_t size = int64_t{args.basis_rank} * args.head_size;
+  if (!args.prompt_basis) return (side ? args.basis_v : args.basis_k) + unit.head * size;
+  read_prompt_basis(args, unit.row, unit.first_lease_block, unit.head, side, scratch.basis);
   return scratch.basis;
 }
 

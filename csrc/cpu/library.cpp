@@ -16,6 +16,11 @@ TORCH_LIBRARY(mdkv, m) {
       "Tensor basis_v, Tensor hadamard, int basis_first_page, int basis_pages_per_head, "
       "int prompt_basis_rank, float scale, Tensor(a!) output, Tensor(b!)? lse) -> ()");
   m.def(
+      "read_leases(Tensor kv_cache, int layer, int num_kv_heads, Tensor block_table, "
+      "Tensor sources, Tensor targets, Tensor formats, Tensor basis_k, Tensor basis_v, "
+      "Tensor hadamard, int basis_first_page, int basis_pages_per_head, int prompt_basis_rank, "
+      "Tensor(a!) keys, Tensor(b!) values) -> ()");
+  m.def(
       "pack_pages(Tensor keys, Tensor values, Tensor counts, Tensor format, Tensor(a!) pages, "
       "ScalarType element) -> ()");
   m.def("round_trip(Tensor keys, Tensor values, int bits) -> (Tensor, Tensor)");

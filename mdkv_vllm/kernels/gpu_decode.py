@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from mdkv_vllm.core.basis import Basis
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig, ReadConfig
 
 
 class GpuDecode(ABC):
@@ -70,7 +70,7 @@ class GpuDecode(ABC):
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
 
 
-def basis_in_use(config: DecodeConfig) -> tuple[Basis, int]:
+def basis_in_use(config: DecodeConfig | ReadConfig) -> tuple[Basis, int]:
     """The calibrated basis, or an empty one, and the rank that formats may read.
 
     Returns:

@@ -1,6 +1,7 @@
 """What each kind of kernel does, whatever it is written in.
 
-Decode attention: :class:`DecodeKernel`. Attention of prompts: :class:`PrefillAttention`.
+Decode attention: :class:`DecodeKernel`. Attention of prompts: :class:`PrefillAttention`, which has
+what leases keep read back by a :class:`LeaseReader`.
 Compression: :class:`mdkv_vllm.core.kernels.CompressionKernels`, which stands in ``core`` beside its
 specification.
 """
@@ -103,6 +104,73 @@ MakeDecode = Callable[[DecodeConfig], DecodeKernel]
 
 
 @dataclass(frozen=True)
+class ReadConfig:
+    """What every reader of leases of a model is made from.
+
+    Attributes:
+        kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``,
+            contiguous and 16-byte aligned.
+        layout: what leases look like.
+        basis: the calibrated basis, None where none is used or each prompt has its own.
+    """
+
+    kv_cache: torch.Tensor
+    layout: LeaseLayout
+    basis: Basis | None
+
+
+SOURCE_FIELDS = 5
+"""Columns of :attr:`Sources.fields`."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Tokens of some KV heads that are read side by side, the same in every layer.
+
+    Attributes:
+        block_table: int32 ``[rows, max_blocks]``, last dimension contiguous.
+        fields: int32 ``[sources, SOURCE_FIELDS]``, contiguous: row of the block table, KV head,
+            first block, the one behind the last, and how many full-dimension tokens are read from
+            the first block on; 0 for a lease, whose page table says what it keeps.
+        most_blocks: blocks of the longest source.
+    """
+
+    block_table: torch.Tensor
+    fields: torch.Tensor
+    most_blocks: int
+
+
+class LeaseReader(Protocol):
+    """Reads tokens back that leases keep, and full-dimension ones with them."""
+
+    def read(
+        self,
+        layer: int,
+        sources: Sources,
+        targets: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        """Read one layer's tokens in the model's space, without waiting for the device.
+
+        The tokens of a lease come in the order of its lists, see
+        :func:`mdkv_vllm.core.reference.read_lease`.
+
+        Args:
+            layer: the layer to read.
+            sources: what is read.
+            targets: int32 ``[sources]``, contiguous: the row of keys and values to which each
+                source's first token goes; the others follow. Sources must not overlap.
+            keys: written, ``[rows, head_size]``, contiguous: float32, float16 or bfloat16.
+            values: written, same.
+        """
+        ...
+
+
+MakeReader = Callable[[ReadConfig], LeaseReader]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Prompt tokens of one request, attending to their context and to each other.
 
@@ -141,6 +209,7 @@ class PrefillStep(Protocol):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
+        layer: int,
         scale: float,
         output: torch.Tensor,
     ) -> None:
@@ -154,6 +223,7 @@ class PrefillStep(Protocol):
             key: ``[tokens, kv_heads, head_size]``, as computed, not rounded to the cache's type.
             value: ``[tokens, kv_heads, head_size]``.
             kv_cache: ``[blocks, kv_heads, block_size, 2 * head_size]`` view of the layer.
+            layer: its index, by which leases are read.
             scale: factor of the scores.
             output: like ``query``; the chunks' rows are written.
         """

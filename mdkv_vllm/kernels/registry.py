@@ -8,7 +8,14 @@ import torch
 
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.core.kernels import CompressionKernels
-from mdkv_vllm.kernels.interface import DecodeConfig, DecodeKernel, MakeDecode
+from mdkv_vllm.kernels.interface import (
+    DecodeConfig,
+    DecodeKernel,
+    LeaseReader,
+    MakeDecode,
+    MakeReader,
+    ReadConfig,
+)
 
 
 def _reference(config: DecodeConfig) -> DecodeKernel:
@@ -39,6 +46,27 @@ DECODE: dict[str, MakeDecode] = {
     "reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda,
 }  # fmt: skip
 """Every decode kernel. What it needs is imported when it is made."""
+
+
+def _cpu_reader(config: ReadConfig) -> LeaseReader:
+    from mdkv_vllm.kernels.cpu.read import CpuReader
+
+    return CpuReader(config)
+
+
+def _triton_reader(config: ReadConfig) -> LeaseReader:
+    from mdkv_vllm.kernels.triton.read import TritonReader
+
+    return TritonReader(config)
+
+
+READERS: dict[str, MakeReader] = {"cpu": _cpu_reader, "triton": _triton_reader}
+"""Every reader of leases."""
+
+
+def lease_reader(config: ReadConfig) -> LeaseReader:
+    """Make a device's reader of leases: there is one implementation for each."""
+    return READERS["cpu" if config.kv_cache.device.type == "cpu" else "triton"](config)
 
 
 def compression_kernels(requested: str, device: torch.device) -> CompressionKernels:

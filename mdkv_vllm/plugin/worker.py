@@ -17,7 +17,7 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import AUTO_PROMPT_TOKENS, Rule
-from mdkv_vllm.kernels.interface import DecodeConfig
+from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
@@ -74,7 +74,7 @@ class MixedDimWorker(Worker):
         artifacts = RankArtifacts.load(policy, self.vllm_config, self.rank)
         limits = step_limits(self.vllm_config, policy)
         prefill_name, prefill = choose_prefill(
-            config.prefill, kv_cache.device, model.dtype, policy.geometry.head_size
+            config.prefill, ReadConfig(kv_cache, policy.layout, artifacts.basis), model.dtype
         )
         group = layers[0].num_heads // policy.num_kv_heads
         decode_config = DecodeConfig(

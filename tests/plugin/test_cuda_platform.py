@@ -127,12 +127,17 @@ def test_prefill_choices_on_gpus():
         fa_utils.get_flash_attn_version = lambda **_: 3
         made = {name: object() for name in ("flash", "xformers", "sdpa")}
         for name, value in made.items():
-            setattr(choose, f"_{name}", lambda head_size, value=value: value)
-        gpu = torch.device("cuda")
+            setattr(choose, f"_{name}", lambda head_size, value=value: (value, None))
+        choose.lease_reader = lambda config: None
+        choose.LeasedPrefill = lambda plain, *_: plain
+        cache = types.SimpleNamespace(device=torch.device("cuda"))
 
         def chosen(asked, dtype=torch.float16, head_size=128, xformers=True):
             choose.find_spec = lambda name: xformers or None
-            name, attention = choose.choose_prefill(asked, gpu, dtype, head_size)
+            geometry = types.SimpleNamespace(head_size=head_size)
+            layout = types.SimpleNamespace(geometry=geometry)
+            config = types.SimpleNamespace(kv_cache=cache, layout=layout)
+            name, attention = choose.choose_prefill(asked, config, dtype)
             assert attention is made[name]
             return name
 

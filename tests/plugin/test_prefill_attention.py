@@ -20,12 +20,14 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from mdkv_vllm.config import ConfigError
+from mdkv_vllm.core.formats import PageGeometry, parse_formats
+from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.kernels.cpu.cache import store_kv
-from mdkv_vllm.kernels.interface import Chunk
+from mdkv_vllm.kernels.interface import Chunk, ReadConfig
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.prefill.chunks import tokens_of
-from mdkv_vllm.plugin.prefill.cpu import CpuPrefill
-from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
+from mdkv_vllm.plugin.prefill.cpu import CpuPrefill, CpuStep
+from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill, SdpaStep
 
 current_platform.import_kernels()
 
@@ -131,7 +133,7 @@ def test_torch_gets_the_whole_chunk_where_it_writes_no_scores_out(
     output = torch.zeros_like(query)
 
     step = tiled.prepare([Chunk(1, 41, 260, 0)], blocks)
-    step.attend(query, own, own, cache, 0.1, output)
+    step.attend(query, own, own, cache, 0, 0.1, output)
 
     assert asked == [((1, 6, 40, 64), (1, 2, 300, 64), True)]
     assert counts == calls
@@ -179,7 +181,7 @@ def test_chunks_with_context(prefill, head_size, chunks, dtype, cache_dtype, tol
         key[chunk.start : chunk.stop] = keys[chunk.context :]
         value[chunk.start : chunk.stop] = values[chunk.context :]
     output = torch.full_like(query, 7.0)
-    prefill.prepare(batch, block_table).attend(query, key, value, cache, scale, output)
+    prefill.prepare(batch, block_table).attend(query, key, value, cache, 0, scale, output)
     others = torch.ones(at, dtype=torch.bool)
     for chunk, (keys, values) in zip(batch, inputs, strict=True):
         rows = slice(chunk.start, chunk.stop)
@@ -219,14 +221,20 @@ def test_tokens_of_chunks():
     assert tokens_of(apart, torch.device("cpu")).tolist() == [0, 1, 3, 4]
 
 
+def read_config(head_size=64):
+    geometry = PageGeometry(BLOCK, head_size, torch.bfloat16)
+    layout = LeaseLayout(geometry, parse_formats(("i4", "full"), geometry), 2, 2)
+    cache = torch.zeros(2, 4, BLOCK, 2 * head_size, dtype=torch.bfloat16)
+    return ReadConfig(cache, layout, None)
+
+
 @pytest.mark.parametrize("asked", ["flash", "xformers"])
 def test_what_needs_a_gpu_is_refused_on_cpus(asked):
     with pytest.raises(ConfigError, match=rf"mixeddim.prefill is '{asked}'.*allowed.*sdpa"):
-        choose_prefill(asked, torch.device("cpu"), torch.bfloat16, 64)
+        choose_prefill(asked, read_config(), torch.bfloat16)
 
 
-@pytest.mark.parametrize(
-    ("asked", "kind"), [("auto", CpuPrefill), ("sdpa", SdpaPrefill)]
-)  # fmt: skip
+@pytest.mark.parametrize(("asked", "kind"), [("auto", CpuStep), ("sdpa", SdpaStep)])
 def test_choice_on_cpus(asked, kind):
-    assert isinstance(choose_prefill(asked, torch.device("cpu"), torch.bfloat16, 64)[1], kind)
+    chosen = choose_prefill(asked, read_config(), torch.bfloat16)[1]
+    assert isinstance(chosen.prepare([Chunk(0, 2, 0, 0)], torch.zeros(1, 1).int()), kind)

@@ -31,6 +31,51 @@ def hadamard(vector, SHAPE: tl.constexpr):
 
 
 @triton.jit
+def basis_rows(
+    calibrated,
+    cache,
+    blocks,
+    first_block,
+    layer,
+    head,
+    direction,
+    held,
+    dim,
+    SIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Some dimensions of some directions of a head's basis of keys (side 0) or values (side 1).
+
+    Args:
+        calibrated: pointer to float32 ``[kv_heads, basis_rank, head_size]`` of the layer; not
+            read where the basis is the prompt's own.
+        cache: pointer to uint8.
+        blocks: pointer to the request's int32 row of the block table.
+        first_block: where the lease starts in ``blocks``.
+        layer: layer of the model.
+        head: KV head of the layer.
+        direction: numbers of directions, ``[directions]``.
+        held: which of them exist.
+        dim: dimensions of the head, ``[dims]``; those beyond it are zero.
+
+    Returns:
+        float32 ``[directions, dims]``, zero where there is none.
+    """
+    ROWS_PER_PAGE: tl.constexpr = SHAPE.basis_rows_per_page
+    if SHAPE.has_prompt_basis:
+        at = SIDE * SHAPE.basis_rank + direction
+        first_page = SHAPE.basis_first_page
+        first_page += (layer * SHAPE.num_kv_heads + head) * SHAPE.basis_pages_per_head
+        page = tl.where(held, first_page + at // ROWS_PER_PAGE, 0)
+        address = lease_page(cache, blocks, first_block, page, SHAPE)
+        rows = address.to(tl.pointer_type(SHAPE.element)) + at % ROWS_PER_PAGE * SHAPE.head_size
+    else:
+        rows = calibrated + (head * SHAPE.basis_rank + direction) * SHAPE.head_size
+    mask = held[:, None] & (dim < SHAPE.head_size)[None, :]
+    return tl.load(rows[:, None] + dim[None, :], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
 def load_basis(
     calibrated,
     cache,
@@ -42,38 +87,24 @@ def load_basis(
     SIDE: tl.constexpr,
     SHAPE: tl.constexpr,
 ):
-    """One head's basis of keys (side 0) or values (side 1).
+    """One head's basis, see :func:`basis_rows`.
 
     Args:
-        calibrated: pointer to float32 ``[kv_heads, basis_rank, head_size]`` of the layer; not
-            read where the basis is the prompt's own.
-        cache: pointer to uint8.
-        blocks: pointer to the request's int32 row of the block table.
-        first_block: where the lease starts in ``blocks``.
         tail_block: where the lease ends; 0 for none, and then a prompt's basis is zero.
-        layer: layer of the model.
-        head: KV head of the layer.
 
     Returns:
         float32 ``[padded_basis, padded_head]``, zero outside.
     """
     RANK: tl.constexpr = SHAPE.basis_rank
-    ROWS_PER_PAGE: tl.constexpr = SHAPE.basis_rows_per_page
     direction = tl.arange(0, SHAPE.padded_basis)
     dim = tl.arange(0, SHAPE.padded_head)
     if SHAPE.has_prompt_basis:
         held = direction < tl.where(tail_block > 0, RANK, 0)
-        at = SIDE * RANK + direction
-        first_page = SHAPE.basis_first_page
-        first_page += (layer * SHAPE.num_kv_heads + head) * SHAPE.basis_pages_per_head
-        page = tl.where(held, first_page + at // ROWS_PER_PAGE, 0)
-        address = lease_page(cache, blocks, first_block, page, SHAPE)
-        rows = address.to(tl.pointer_type(SHAPE.element)) + at % ROWS_PER_PAGE * SHAPE.head_size
     else:
         held = direction < RANK
-        rows = calibrated + (head * RANK + direction) * SHAPE.head_size
-    mask = held[:, None] & (dim < SHAPE.head_size)[None, :]
-    return tl.load(rows[:, None] + dim[None, :], mask=mask, other=0).to(tl.float32)
+    return basis_rows(
+        calibrated, cache, blocks, first_block, layer, head, direction, held, dim, SIDE, SHAPE
+    )
 
 
 @triton.jit(do_not_specialize=["layer", "table_stride"])

@@ -13,7 +13,7 @@ except ImportError as error:
         f"(the import failed with: {error})"
     ) from error
 
-for _name in ("store_kv", "load_kv", "mixed_decode", "pack_pages"):
+for _name in ("store_kv", "load_kv", "mixed_decode", "read_leases", "pack_pages"):
     torch.library.register_fake(f"mdkv::{_name}", lambda *args, **kwargs: None)
 
 

@@ -8,30 +8,41 @@ from importlib.util import find_spec
 import torch
 
 from mdkv_vllm.config import ConfigError
-from mdkv_vllm.kernels.interface import PrefillAttention
-from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
+from mdkv_vllm.kernels.interface import PrefillAttention, ReadConfig
+from mdkv_vllm.kernels.registry import lease_reader
+from mdkv_vllm.plugin.prefill.head_calls import HeadAttention
+from mdkv_vllm.plugin.prefill.leased import LeasedPrefill
+from mdkv_vllm.plugin.prefill.sdpa import SdpaHeads, SdpaPrefill
 
 Reason = str | None
 """Why an implementation cannot be had, None where it can."""
+Pair = tuple[PrefillAttention, HeadAttention]
+"""Attention of chunks without leases, and of those with leases."""
 
 
 def choose_prefill(
-    requested: str, device: torch.device, dtype: torch.dtype, head_size: int
-) -> tuple[str, PrefillAttention]:
+    requested: str, config: ReadConfig, dtype: torch.dtype
+) -> tuple[str, LeasedPrefill]:
     """The setting ``prefill`` on a device: its name in words, and the implementation.
 
     Args:
         requested: ``auto``, ``flash``, ``xformers`` or ``sdpa``.
-        device: where the model runs.
+        config: the cache and what leases look like.
         dtype: type of the queries.
-        head_size: dimensions of a head.
 
     Raises:
         ConfigError: what is requested cannot be had here.
     """
-    if device.type == "cpu":
-        return _choose_on_cpu(requested)
-    makers: dict[str, tuple[Callable[..., Reason], Callable[[int], PrefillAttention]]] = {
+    head_size = config.layout.geometry.head_size
+    if config.kv_cache.device.type == "cpu":
+        name, (plain, heads) = _choose_on_cpu(requested)
+    else:
+        name, (plain, heads) = _choose_on_gpu(requested, dtype, head_size)
+    return name, LeasedPrefill(plain, heads, lease_reader(config), config, dtype)
+
+
+def _choose_on_gpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[str, Pair]:
+    makers: dict[str, tuple[Callable[..., Reason], Callable[[int], Pair]]] = {
         "flash": (_no_flash, _flash),
         "xformers": (_no_xformers, _xformers),
         "sdpa": (lambda *_: None, _sdpa),
@@ -47,17 +58,17 @@ def choose_prefill(
     return requested, makers[requested][1](head_size)
 
 
-def _choose_on_cpu(requested: str) -> tuple[str, PrefillAttention]:
+def _choose_on_cpu(requested: str) -> tuple[str, Pair]:
     if requested == "sdpa":
-        return requested, SdpaPrefill()
+        return requested, _sdpa(0)
     if requested != "auto":
         raise ConfigError(
             f"mixeddim.prefill is {requested!r}, but the model runs on the CPU; allowed there are "
             "auto (vLLM's CPU kernel) and sdpa"
         )
-    from mdkv_vllm.plugin.prefill.cpu import CpuPrefill
+    from mdkv_vllm.plugin.prefill.cpu import CpuHeads, CpuPrefill
 
-    return "vLLM's CPU kernel", CpuPrefill()
+    return "vLLM's CPU kernel", (CpuPrefill(), CpuHeads())
 
 
 def _no_flash(dtype: torch.dtype, head_size: int) -> Reason:
@@ -81,17 +92,17 @@ def _no_xformers(dtype: torch.dtype, head_size: int) -> Reason:
     return None
 
 
-def _flash(head_size: int) -> PrefillAttention:
-    from mdkv_vllm.plugin.prefill.flash import FlashPrefill
+def _flash(head_size: int) -> Pair:
+    from mdkv_vllm.plugin.prefill.flash import FlashHeads, FlashPrefill
 
-    return FlashPrefill(head_size)
-
-
-def _xformers(head_size: int) -> PrefillAttention:
-    from mdkv_vllm.plugin.prefill.xformers import XformersPrefill
-
-    return XformersPrefill()
+    return FlashPrefill(head_size), FlashHeads(head_size)
 
 
-def _sdpa(head_size: int) -> PrefillAttention:
-    return SdpaPrefill()
+def _xformers(head_size: int) -> Pair:
+    from mdkv_vllm.plugin.prefill.xformers import XformersHeads, XformersPrefill
+
+    return XformersPrefill(), XformersHeads()
+
+
+def _sdpa(head_size: int) -> Pair:
+    return SdpaPrefill(), SdpaHeads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -13,6 +14,7 @@ from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.prefill.chunks import on_device, tokens_of
+from mdkv_vllm.plugin.prefill.head_calls import FEWEST_TOKENS, HeadCall, HeadKeys, HeadStep
 
 
 class FlashPrefill:
@@ -71,6 +73,7 @@ class FlashStep:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
+        layer: int,
         scale: float,
         output: torch.Tensor,
     ) -> None:
@@ -100,3 +103,45 @@ class FlashStep:
         )
         if not in_place:
             output[self.tokens] = result
+
+
+class FlashHeads:
+    """:class:`.head_calls.HeadAttention` by one call, over keys that lie side by side.
+
+    Args:
+        head_size: dimensions of a head.
+    """
+
+    align = 1
+    packed = True
+    fewest_tokens = FEWEST_TOKENS
+
+    def __init__(self, head_size: int) -> None:
+        self._version = get_flash_attn_version(head_size=head_size)
+
+    def prepare(self, call: HeadCall) -> HeadStep:
+        """See :class:`.head_calls.HeadAttention`."""
+        return partial(self._attend, call)
+
+    def _attend(
+        self, call: HeadCall, query: torch.Tensor, keys: HeadKeys, scale: float
+    ) -> torch.Tensor:
+        result = torch.empty_like(query)
+        key, value = (
+            canonicalize_singleton_dim_strides(side.unsqueeze(1))
+            for side in (keys.keys, keys.values)
+        )
+        flash_attn_varlen_func(
+            q=query,
+            k=key,
+            v=value,
+            out=result,
+            cu_seqlens_q=call.query_starts,
+            max_seqlen_q=max(call.counts),
+            cu_seqlens_k=keys.starts,
+            max_seqlen_k=call.most_keys,
+            softmax_scale=scale,
+            causal=True,
+            fa_version=self._version,
+        )
+        return result

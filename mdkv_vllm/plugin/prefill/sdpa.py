@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
@@ -12,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.kv_cache import load_tokens
+from mdkv_vllm.plugin.prefill.head_calls import FEWEST_TOKENS, HeadCall, HeadKeys, HeadStep
 
 SCORE_ELEMENTS = 1 << 26
 """Scores that torch may write out at a time, where it has no kernel that writes none."""
@@ -43,6 +45,7 @@ class SdpaStep:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
+        layer: int,
         scale: float,
         output: torch.Tensor,
     ) -> None:
@@ -87,3 +90,44 @@ def _rows_at_once(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor)
     if can_use_flash_attention(call):
         return query.shape[0]
     return max(1, SCORE_ELEMENTS // (query.shape[1] * keys.shape[1]))
+
+
+class SdpaHeads:
+    """:class:`.head_calls.HeadAttention`, one sequence after the other, padded and masked."""
+
+    align = 8
+    packed = False
+    fewest_tokens = FEWEST_TOKENS
+
+    def prepare(self, call: HeadCall) -> HeadStep:
+        """See :class:`.head_calls.HeadAttention`."""
+        return partial(self._attend, call)
+
+    def _attend(
+        self, call: HeadCall, query: torch.Tensor, keys: HeadKeys, scale: float
+    ) -> torch.Tensor:
+        count = len(call.counts)
+        position = torch.arange(call.rows // count, device=query.device)
+        # Masked, what lies behind a sequence's end must yet be no NaN.
+        unused = (position >= keys.lengths[:, None]).unsqueeze(-1)
+        sides = (keys.keys, keys.values)
+        key, value = (x.unflatten(0, (count, -1)).masked_fill(unused, 0) for x in sides)
+        result = torch.empty_like(query)
+        at_once = max(1, SCORE_ELEMENTS // (query.shape[1] * len(position)))
+        begin = 0
+        for i, tokens in enumerate(call.counts):
+            for first in range(0, tokens, at_once):
+                some = torch.arange(first, min(first + at_once, tokens), device=query.device)
+                last = keys.lengths[i] - tokens + some
+                rows = slice(begin + first, begin + first + len(some))
+                found = scaled_dot_product_attention(
+                    query[rows].transpose(0, 1).unsqueeze(0),
+                    key[None, None, i],
+                    value[None, None, i],
+                    attn_mask=position <= last[:, None],
+                    scale=scale,
+                    enable_gqa=True,
+                )
+                result[rows] = found.squeeze(0).transpose(0, 1)
+            begin += tokens
+        return result

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from xformers.ops import memory_efficient_attention_forward
-from xformers.ops.fmha.attn_bias import BlockDiagonalCausalFromBottomRightMask
+from xformers.ops.fmha.attn_bias import (
+    BlockDiagonalCausalFromBottomRightMask,
+    BlockDiagonalCausalWithOffsetPaddedKeysMask,
+)
 
 from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.prefill.chunks import tokens_of
+from mdkv_vllm.plugin.prefill.head_calls import FEWEST_TOKENS, HeadCall, HeadKeys, HeadStep
 
 
 class XformersPrefill:
@@ -50,6 +55,7 @@ class XformersStep:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
+        layer: int,
         scale: float,
         output: torch.Tensor,
     ) -> None:
@@ -71,3 +77,41 @@ class XformersStep:
             rows, keys, values, attn_bias=self.mask, scale=scale
         )
         output[self.tokens] = result.squeeze(0).flatten(1, 2)
+
+
+class XformersHeads:
+    """:class:`.head_calls.HeadAttention` by one call, over keys that lie equally far apart."""
+
+    align = 8
+    packed = False
+    fewest_tokens = FEWEST_TOKENS
+
+    def prepare(self, call: HeadCall) -> HeadStep:
+        """See :class:`.head_calls.HeadAttention`."""
+        count = len(call.counts)
+        mask = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+            call.counts,
+            call.rows // count,
+            [call.most_keys] * count,
+            device=call.query_starts.device,
+        )
+        return partial(self._attend, mask)
+
+    def _attend(
+        self,
+        mask: BlockDiagonalCausalWithOffsetPaddedKeysMask,
+        query: torch.Tensor,
+        keys: HeadKeys,
+        scale: float,
+    ) -> torch.Tensor:
+        # How many keys there are, kernels read on the device.
+        mask = replace(mask, k_seqinfo=replace(mask.k_seqinfo, seqlen=keys.lengths))
+        group = query.shape[1]
+        key, value = (
+            side[None, :, None, None].expand(-1, -1, -1, group, -1)
+            for side in (keys.keys, keys.values)
+        )
+        result = memory_efficient_attention_forward(
+            query[None, :, None], key, value, attn_bias=mask, scale=scale
+        )
+        return result[0, :, 0]

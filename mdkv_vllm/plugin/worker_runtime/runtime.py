@@ -163,7 +163,7 @@ class Runtime:
         """
         layer = self.layer_of(kv_cache)
         if metadata.prefill is not None:
-            metadata.prefill.attend(query, key, value, kv_cache, scale, output)
+            metadata.prefill.attend(query, key, value, kv_cache, layer, scale, output)
         for capture in metadata.captures:
             capture.copy(layer, query)
         self._attend_to_leases(layer, query, metadata, output)

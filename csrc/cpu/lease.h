@@ -7,8 +7,10 @@ namespace mdkv {
 namespace MDKV_ISA {
 namespace {
 
-MDKV_INLINE const uint8_t* lease_page(const DecodeArgs& args, const Unit& unit, int64_t page) {
-  const int64_t block = unit.first_lease_block + page / args.pages_per_block;
+// A lease's page, given where the lease starts in the block table.
+MDKV_INLINE const uint8_t* lease_page(const DecodeArgs& args, const Unit& unit, int64_t first_block,
+                                      int64_t page) {
+  const int64_t block = first_block + page / args.pages_per_block;
   return args.block(unit.row, block) + page % args.pages_per_block * args.page_bytes;
 }
 
@@ -18,8 +20,8 @@ MDKV_INLINE const uint8_t* tail_page(const DecodeArgs& args, const Unit& unit, i
 }
 
 inline bool uses(const DecodeArgs& args, const Unit& unit, int32_t rotation) {
-  for (int f = 0; f < args.num_formats && unit.tail_block > 0; ++f) {
-    if (args.formats[f].rotation == rotation && unit.lists[f].tokens > 0) return true;
+  for (int f = 0; f < args.num_formats; ++f) {
+    if (args.formats[f].rotation == rotation && unit.list_pages[f] > 0) return true;
   }
   return false;
 }
@@ -42,7 +44,7 @@ inline const float* basis_rows(const DecodeArgs& args, const Unit& unit, int sid
   for (int64_t r = 0; r < rank; ++r) {
     const int64_t at = (side * rank + r) * row_bytes;
     const uint8_t* row =
-        lease_page(args, unit, first + at / args.page_bytes) + at % args.page_bytes;
+        lease_page(args, unit, unit.leases[0], first + at / args.page_bytes) + at % args.page_bytes;
     float* out = scratch.basis + r * dims;
     if (args.cache_type == Element::kFloat32) read_basis_row<float>(row, args.head_size, out);
     if (args.cache_type == Element::kBFloat16) read_basis_row<BFloat16>(row, args.head_size, out);

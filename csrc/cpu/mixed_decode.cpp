@@ -62,6 +62,8 @@ void set_basis(const at::Tensor& basis_k, const at::Tensor& basis_v, const at::T
     args.basis_first_page = first_page;
     args.basis_pages_per_head = pages_per_head;
     const int64_t bytes = 2 * prompt_rank * args.head_size * element_bytes(args.cache_type);
+    TORCH_CHECK(args.max_leases == 1, "leases: ", args.max_leases,
+                " per row; a prompt's own basis allows one, because a query is rotated once");
     TORCH_CHECK(first_page >= 0 && pages_per_head * args.page_bytes >= bytes,
                 "basis_pages_per_head: ", pages_per_head, " pages do not hold rank ", prompt_rank);
   } else if (args.uses_basis) {
@@ -117,20 +119,23 @@ void set_requests(const at::Tensor& block_table, const at::Tensor& query_rows,
   check_int32(block_table, "block_table", 2);
   check_int32(query_rows, "query_rows", 1);
   check_int32(lengths, "lengths", 1);
-  check_int32(leases, "leases", 2);
+  check_int32(leases, "leases", 3);
   TORCH_CHECK(query_rows.size(0) == args.num_queries, "query_rows: expected [", args.num_queries,
               "], got ", query_rows.sizes());
   TORCH_CHECK(lengths.size(0) == args.num_queries, "lengths: expected [", args.num_queries,
               "], got ", lengths.sizes());
   args.num_rows = block_table.size(0);
-  TORCH_CHECK(leases.size(0) >= args.num_rows && leases.size(1) == 2 && leases.is_contiguous(),
-              "leases: expected contiguous [", args.num_rows, ", 2], got ", leases.sizes());
+  TORCH_CHECK(leases.size(0) >= args.num_rows && leases.size(1) > 0 && leases.size(2) == 2 &&
+                  leases.is_contiguous(),
+              "leases: expected contiguous [", args.num_rows, ", max_leases, 2], got ",
+              leases.sizes());
   args.max_blocks = block_table.size(1);
   args.block_table = block_table.const_data_ptr<int32_t>();
   args.block_table_stride = block_table.stride(0);
   args.query_rows = query_rows.const_data_ptr<int32_t>();
   args.lengths = lengths.const_data_ptr<int32_t>();
   args.leases = leases.const_data_ptr<int32_t>();
+  args.max_leases = leases.size(1);
 }
 
 void mixed_decode(const at::Tensor& query, const at::Tensor& kv_cache, int64_t layer,

@@ -22,14 +22,16 @@ import torch
 
 from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.kernels.cpu import cpu_isas
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.cpu.formats import pack_pages
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
+from mdkv_vllm.testing.plans import prompt_segments
 
 STOCK_BLOCK_SIZE = 128
 COPY_BYTES = 512 << 20
+WINDOW = 32
+"""Tokens at the end of every context that stay full."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,13 @@ class Variant:
     seconds: list[float]
 
 
-def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: float) -> Variant:
+def ours(
+    shape: Shape,
+    names: tuple[str, ...],
+    mix: dict[str, float],
+    budget: float,
+    segment_tokens: int | None = None,
+) -> Variant:
     """Our kernel, at full dimension (budget 1) or with leases.
 
     Args:
@@ -75,34 +83,39 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
         names: page formats and ``drop``.
         mix: share of the list pages by format.
         budget: share of the prompt's bytes to keep.
+        segment_tokens: of what each lease has compressed; None for a single lease.
     """
     geometry = PageGeometry(shape.block_size, shape.head_size, shape.dtype)
     layout = LeaseLayout(geometry, parse_formats(names, geometry), shape.layers, shape.kv_heads, 0)
-    rows, pages = shape.batch * shape.sets, layout.pages_per_block
-    terms = LeaseTerms(shape.block_size, 32, 64, budget)
-    plan = plan_lease(shape.tokens, terms)
-    first = plan.first_lease_block if isinstance(plan, LeasePlan) else 0
-    tail = plan.tail_block if isinstance(plan, LeasePlan) else 0
-    held = -(-shape.tokens // shape.block_size) - first
-    num_blocks = rows * held
+    rows, pages, size = shape.batch * shape.sets, layout.pages_per_block, shape.block_size
+    segments = prompt_segments(shape.tokens, size, WINDOW, budget, 1, segment_tokens)
+    tail = segments[-1].end_block if segments else 0
+    columns = [*(range(*one.lease) for one in segments), range(tail, -(-shape.tokens // size))]
+    sizes = [len(some) for some in columns]
+    num_blocks = rows * sum(sizes)
     kv_cache = torch.empty(
         num_blocks, pages, shape.block_size, 2 * shape.head_size, dtype=shape.dtype
     )
     for block in kv_cache:
         block.normal_()
-    block_table = torch.zeros(rows, first + held, dtype=torch.int32)
-    block_table[:, first:] = torch.randperm(num_blocks).view(rows, held).int()
-    leases = torch.tensor([[first, tail]] * rows, dtype=torch.int32)
+    block_table = torch.zeros(rows, columns[-1].stop, dtype=torch.int32)
+    leases = torch.zeros(rows, max(len(segments), 1), 2, dtype=torch.int32)
     list_pages = 0
-    if isinstance(plan, LeasePlan):
-        list_pages = fill_leases(kv_cache, block_table[:, first:tail], layout, mix)
+    ids = torch.randperm(num_blocks).view(rows, -1).int().split(sizes, dim=1)
+    for own, some in zip(ids, columns, strict=True):
+        block_table[:, some.start : some.stop] = own
+    for index, segment in enumerate(segments):
+        leases[:, index] = torch.tensor(segment.lease)
+        list_pages += fill_leases(kv_cache, ids[index], layout, mix)
     query = shape.query(shape.dtype)
     output = torch.empty_like(query)
     lengths = torch.full((shape.batch,), shape.tokens, dtype=torch.int32)
     query_rows = torch.arange(rows, dtype=torch.int32).view(shape.sets, shape.batch)
     batches = [DecodeBatch(block_table, some, lengths, leases) for some in query_rows]
     group = query.shape[1] // layout.num_kv_heads
-    kernel = CpuDecode(DecodeConfig(kv_cache, layout, group, None, shape.scale, shape.batch))
+    kernel = CpuDecode(
+        DecodeConfig(kv_cache, layout, group, None, shape.scale, shape.batch, leases.shape[1])
+    )
 
     def step(index: int) -> None:
         for layer in range(shape.layers):
@@ -111,7 +124,8 @@ def ours(shape: Shape, names: tuple[str, ...], mix: dict[str, float], budget: fl
     slot_bytes = geometry.page_bytes // shape.block_size
     tail_bytes = (shape.tokens - tail * shape.block_size) * slot_bytes * pages
     step_bytes = shape.batch * (list_pages * geometry.page_bytes + tail_bytes)
-    return Variant(f"mixed_decode {budget:.0%}", step, step_bytes, [])
+    name = f"mixed_decode {budget:.0%}" + (f" of {segment_tokens}" if segment_tokens else "")
+    return Variant(name, step, step_bytes, [])
 
 
 def fill_leases(
@@ -294,6 +308,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--mix", default="i4=0.5,i8=0.4,full=0.1", help="share of the list pages by format"
     )
+    parser.add_argument(
+        "--segments",
+        type=int,
+        nargs="*",
+        default=[],
+        help="budgets also in leases of so many tokens",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--min-mb", type=int, default=256, help="bytes that take turns")
@@ -335,6 +356,11 @@ def main() -> None:
             variants += [variant] if variant else []
         names = tuple(args.formats.split(","))
         variants += [ours(shape, names, mix, budget) for budget in (1.0, *args.budget)]
+        variants += [
+            ours(shape, names, mix, budget, segment)
+            for budget in args.budget
+            for segment in args.segments
+        ]
         measure(variants, shape.sets, args.rounds)
         rows += report(shape, variants)
         print(json.dumps({k: str(v) for k, v in asdict(shape).items()}))

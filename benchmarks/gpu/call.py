@@ -64,7 +64,7 @@ class Call:
         self.kernel = kernel.make(
             DecodeConfig(
                 inputs.kv_cache, inputs.layout, inputs.group, inputs.basis, self.scale,
-                len(inputs.lengths),
+                len(inputs.lengths), inputs.leases.shape[1],
             )
         )  # fmt: skip
         self.batches = [

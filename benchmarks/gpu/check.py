@@ -14,7 +14,7 @@ from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request
 from .call import Call, Kernel
 from .device import device, no_synchronisation
 from .inputs import build
-from .loads import FULL, MODELS, Holding, Load
+from .loads import FULL, MODELS, SEGMENTS, Holding, Load
 from .reference import mixed_decode as float64_decode
 from .trial import NO_ROW, TOLERANCE, Errors, Trial, worst
 
@@ -47,19 +47,25 @@ class Outcome:
 def variants() -> list[Model]:
     """Models for which kernels are compiled and checked, those that are served by default first.
 
-    Every head size with every type, every group with both; then other ranks, a prompt's own
-    basis, other block sizes, a float32 cache, and a group of more than a tile.
+    Every head size with every type and 1 to 5 leases, every group with both types; then up to 9
+    leases of what is served and more than a warp has threads, other ranks, a prompt's own basis,
+    other block sizes, a float32 cache, and a group of more than a tile.
     """
     sixteen_bit = [
-        Model(EVERY_FORMAT, size, GROUPS[(i + j) % 4], dtype=dtype, query_dtype=dtype)
+        Model(
+            EVERY_FORMAT, size, GROUPS[(i + j) % 4], dtype=dtype, query_dtype=dtype,
+            max_leases=1 + (i + 2 * j) % 5,
+        )
         for i, size in enumerate(GPU_HEAD_SIZES)
         for j, dtype in enumerate(DTYPES)
-    ]
+    ]  # fmt: skip
     plain = SERVED[0]
     basis = Model(("r8", "r24", "r16i4", "full"), prompt_basis_rank=24, query_dtype=torch.bfloat16)
     return [
         *SERVED,
+        *(replace(plain, max_leases=leases) for leases in (3, 9)),
         *sixteen_bit,
+        replace(plain, names=("i4", "full"), head_size=64, max_leases=40),
         *(replace(plain, group=group) for group in GROUPS if group != plain.group),
         replace(plain, names=("r8", "r16", "r32", "r64"), group=8),
         replace(plain, names=("r4", "r4i2", "r8i4"), head_size=64),
@@ -72,15 +78,17 @@ def variants() -> list[Model]:
 
 
 def requests(model: Model) -> list[Request]:
-    """Ragged requests: leases, empty lists, one-token tails, no lease, and long ones.
+    """Ragged requests: several leases, one or none, empty lists, one-token tails, and long ones.
 
     Of the long ones many programs share the pages.
     """
     blocks = model.layout().min_blocks + 2
+    long = (*range(blocks + 20, blocks + 20 - model.max_leases, -1),)
     return [
-        *leases.ragged(blocks),
+        *leases.ragged(model),
         Request(blocks, 1, fill=0.0),
         Request(blocks + 60, 333),
+        Request(long[: min(model.max_leases, 9)], 150, 1),
         Request(0, 2000),
     ]
 
@@ -91,6 +99,8 @@ def name_of(model: Model) -> str:
     name = f"{model.head_size} x {model.group} {dtype} {'/'.join(model.names)}"
     if model.prompt_basis_rank:
         name += f" basis {model.prompt_basis_rank}"
+    if model.max_leases > 1:
+        name += f" {model.max_leases} leases"
     return name if model.block_size == 16 else f"{name} block {model.block_size}"
 
 
@@ -141,6 +151,7 @@ def _captured(
 LONG = (
     (Load(MODELS[0], 8, 32768), Holding("mixed", 0.25)),
     (Load(MODELS[0], 2, 131072), FULL),
+    (Load(MODELS[0], 4, 32768), SEGMENTS),
     (Load(MODELS[1], 1, 131072), Holding("mixed", 0.125)),
     (Load(MODELS[2], 64, 4096), Holding("int", 0.5)),
     (Load(MODELS[0], 256, 4096), Holding("rank", 0.125)),

@@ -14,18 +14,19 @@ import torch
 from mdkv_vllm.core.allocate import Allocation, allocate_layers
 from mdkv_vllm.core.allocate import allocate as exact_allocate
 from mdkv_vllm.core.basis import Basis
-from mdkv_vllm.core.compress import CompressedPrompt, Compressor
+from mdkv_vllm.core.compress import CompressedSegment, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.core.prompt import Prompt as LayeredPrompt
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.kernels.triton.compress import TritonKernels
 from mdkv_vllm.testing.lists import ChosenBefore, assert_nearly_the_same_lists
 from mdkv_vllm.testing.paged import paged
+from mdkv_vllm.testing.plans import whole_prompt
 
 from .call import TRITON
 from .check import Outcome
@@ -98,14 +99,11 @@ class Case:
         return LeaseLayout(self.geometry, self.formats, self.layers, self.kv_heads, rank)
 
     @property
-    def plan(self) -> LeasePlan:
-        """Its lease."""
+    def segment(self) -> Segment:
+        """What is compressed, all but a window, and its lease."""
         least = self.formats.cheapest.tokens_per_page
         floor = None if self.formats.drop else least
-        terms = LeaseTerms(16, 16, 64, self.budget, self.layout.min_blocks, floor)
-        plan = plan_lease(self.tokens, terms)
-        assert isinstance(plan, LeasePlan)
-        return plan
+        return whole_prompt(self.tokens, 16, 16, self.budget, self.layout.min_blocks, floor)
 
 
 CASES = (
@@ -255,11 +253,11 @@ class Prompt:
             )  # fmt: skip
         return self._decode(found.pages, expected.pages)
 
-    def _compress(self, reference: CompressionKernels | None = None) -> CompressedPrompt:
+    def _compress(self, reference: CompressionKernels | None = None) -> CompressedSegment:
         """Compress with the kernels under test, or with others on the host."""
         prompt = self._prompt(reference is not None)
         compressor = self._compressor(reference) if reference else self.compressor
-        return compressor.compress(prompt.load, prompt.queries, self.case.plan, True)
+        return compressor.compress(prompt.load, prompt.queries, self.case.segment, True)
 
     def _prompt(self, reference: bool, loss: str = "hybrid") -> LayeredPrompt:
         """The prompt in a paged cache on the device; or layer by layer in float32 on the host."""
@@ -271,7 +269,7 @@ class Prompt:
             basis = basis.to(self.device)
         scale = case.head_size**-0.5
         return LayeredPrompt(
-            case.layout, LOSSES[loss], scale, basis, load, queries, case.plan.span_tokens
+            case.layout, LOSSES[loss], scale, basis, load, queries, case.segment.span_tokens
         )
 
     def _load(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,14 +282,14 @@ class Prompt:
             self.case.layout, LOSSES["hybrid"], scale, self.basis, self.heads, kernels
         )
 
-    def _without_synchronisation(self) -> CompressedPrompt:
+    def _without_synchronisation(self) -> CompressedSegment:
         prompt = self._prompt(False)
         with no_synchronisation():
-            return self.compressor.compress(prompt.load, prompt.queries, self.case.plan)
+            return self.compressor.compress(prompt.load, prompt.queries, self.case.segment)
 
     def _decode(self, found: torch.Tensor, expected: torch.Tensor) -> float:
         """Read both leases from a poisoned cache: ours by the kernel, the other in float64."""
-        case, layout, blocks = self.case, self.case.layout, self.case.plan.num_lease_blocks
+        case, layout, blocks = self.case, self.case.layout, self.case.segment.num_lease_blocks
         shape = layout.pages_per_block, 16, 2 * case.head_size
         places = torch.randperm(blocks + 9, generator=self._generator)[:blocks]
         table = places.int().unsqueeze(0).to(self.device)
@@ -304,7 +302,7 @@ class Prompt:
         queries = 5
         rows = torch.zeros(queries, dtype=torch.int32, device=self.device)
         lengths = rows + blocks * 16
-        leases = torch.tensor([[0, blocks]], dtype=torch.int32).to(self.device)
+        leases = torch.tensor([[[0, blocks]]], dtype=torch.int32).to(self.device)
         basis = None if self.basis is None else self.basis.to(self.device)
         scale, worst = case.head_size**-0.5, 0.0
         kernel = TRITON.make(DecodeConfig(caches[0], layout, case.group, basis, scale, queries))

@@ -24,9 +24,9 @@ from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.kernels import CompressionKernels, LayersToCompress
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import PagedTokens
 from mdkv_vllm.kernels.triton.compress import TritonKernels
+from mdkv_vllm.testing.plans import whole_prompt
 
 from .device import device
 from .inputs import WINDOW
@@ -182,10 +182,7 @@ class CachedPrompt:
         geometry = PageGeometry(BLOCK_SIZE, heads.head_size, heads.dtype)
         formats = parse_formats(FORMATS, geometry)
         self.layout = LeaseLayout(geometry, formats, model.layers, heads.kv_heads)
-        terms = LeaseTerms(BLOCK_SIZE, WINDOW, 1, budget, self.layout.min_blocks)
-        plan = plan_lease(tokens, terms)
-        assert isinstance(plan, LeasePlan)
-        self.plan: LeasePlan = plan
+        self.segment = whole_prompt(tokens, BLOCK_SIZE, WINDOW, budget, self.layout.min_blocks)
         blocks = -(-tokens // BLOCK_SIZE)
         shape = (blocks, self.layout.pages_per_block, BLOCK_SIZE, 2 * heads.head_size)
         kv_cache = torch.empty(shape, dtype=heads.dtype, device=where).normal_(generator=generator)
@@ -199,7 +196,7 @@ class CachedPrompt:
         """Compress it once."""
         scale = self.layout.geometry.head_size**-0.5
         compressor = Compressor(self.layout, LOSSES["hybrid"], scale, kernels=kernels)
-        compressor.compress(self._tokens, self._queries, self.plan)
+        compressor.compress(self._tokens, self._queries, self.segment)
 
 
 def device_seconds(run: Callable[[], object]) -> float:

@@ -9,7 +9,7 @@ import torch
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.formats import PageFormat
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
+from mdkv_vllm.testing.plans import prompt_segments
 
 from .loads import Holding, Load, layout_of
 
@@ -31,11 +31,11 @@ class Inputs:
         layout: of the load's layers.
         kv_cache: ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
         block_table: int32 ``[sets * batch, blocks]``; -1 for freed blocks.
-        leases: int32 ``[sets * batch, 2]``.
+        leases: int32 ``[sets * batch, max_leases, 2]``.
         lengths: int32 ``[batch]``, the same for every set.
         query_rows: per set int32 ``[batch]``.
         queries: per set ``[batch, q_heads, head_size]``.
-        tokens: int64 ``[kv_heads, formats]``, tokens of each list of every request and layer.
+        tokens: int64 ``[leases, kv_heads, formats]``, of each list of every request and layer.
         tail_tokens: full tokens of every request.
         basis: calibrated basis, None where no format uses one.
         group: query heads per KV head.
@@ -63,7 +63,7 @@ class Inputs:
         """Pages that one call reads from, the last of a list and of the tail included."""
         lists = sum(
             fmt.pages(count)
-            for counts in self.tokens.tolist()
+            for counts in self.tokens.flatten(0, 1).tolist()
             for fmt, count in zip(self.layout.formats.formats, counts, strict=True)
         )
         tail = -(-self.tail_tokens // self.layout.geometry.block_size) * self.layout.num_kv_heads
@@ -86,7 +86,7 @@ class Inputs:
         """
         query = self.queries[0]
         held = int((self.block_table[0] >= 0).sum())
-        per_request = 4 * held + 8 * self.tokens.numel() * bool(self.leases.any())
+        per_request = 4 * held + 8 * self.tokens.numel()
         moved = self.kv_bytes + 2 * query.numel() * query.element_size()
         moved += len(self.lengths) * per_request
         if self.basis is not None:
@@ -129,7 +129,12 @@ def list_tokens(
 
 
 def build(
-    load: Load, holding: Holding, sets: int, device: torch.device, generator: torch.Generator
+    load: Load,
+    holding: Holding,
+    sets: int,
+    device: torch.device,
+    generator: torch.Generator,
+    max_leases: int | None = None,
 ) -> Inputs:
     """Make a cache and the requests in it.
 
@@ -139,35 +144,40 @@ def build(
         sets: disjoint sets of requests.
         device: where.
         generator: of that device.
+        max_leases: of a request, as kernels are told; what the load needs unless told.
     """
     heads, layout = load.heads, layout_of(load.heads, holding, load.layers)
     block_size, pages_per_block = layout.geometry.block_size, layout.pages_per_block
-    terms = LeaseTerms(block_size, WINDOW, 1, holding.budget, layout.min_blocks)
-    plan = plan_lease(load.tokens, terms)
-    first = plan.first_lease_block if isinstance(plan, LeasePlan) else 0
-    tail = plan.tail_block if isinstance(plan, LeasePlan) else 0
-    rows, held = sets * load.batch, -(-load.tokens // block_size) - first
+    segments = prompt_segments(
+        load.tokens, block_size, WINDOW, holding.budget, layout.min_blocks, holding.segment_tokens
+    )
+    tail = segments[-1].end_block if segments else 0
+    columns = [*(range(*one.lease) for one in segments), range(tail, -(-load.tokens // block_size))]
+    sizes = [len(some) for some in columns]
+    rows, held = sets * load.batch, sum(sizes)
     num_blocks = rows * held + 1
     shape = (num_blocks, pages_per_block, block_size, 2 * heads.head_size)
     kv_cache = torch.empty(shape, dtype=heads.dtype, device=device).normal_(generator=generator)
     ids = torch.randperm(num_blocks, generator=generator, device=device)[1:].view(rows, held)
-    tokens = torch.zeros(layout.table_shape[1:3], dtype=torch.int64)
-    if isinstance(plan, LeasePlan):
-        tokens = list_tokens(
-            layout, holding.shares(heads.kv_heads), plan.num_lease_blocks, plan.span_tokens
-        )
-        blocks = ids[:, : plan.num_lease_blocks, None] * pages_per_block
+    tokens = torch.zeros(len(segments), *layout.table_shape[1:3], dtype=torch.int64)
+    shares = holding.shares(heads.kv_heads)
+    for index, (segment, own) in enumerate(zip(segments, ids.split(sizes, dim=1), strict=False)):
+        tokens[index] = list_tokens(layout, shares, segment.num_lease_blocks, segment.span_tokens)
+        blocks = own[:, :, None] * pages_per_block
         places = (blocks + torch.arange(pages_per_block, device=device)).flatten(1)
-        _write_lists(kv_cache, places, layout, tokens, generator)
-    block_table = torch.full((rows, first + held), -1, dtype=torch.int32, device=device)
-    block_table[:, first:] = ids
+        _write_lists(kv_cache, places, layout, tokens[index], generator)
+    block_table = torch.full((rows, columns[-1].stop), -1, dtype=torch.int32, device=device)
+    block_table[:, [column for some in columns for column in some]] = ids.int()
+    leases = torch.zeros(rows, max_leases or max(len(segments), 1), 2, dtype=torch.int32)
+    for index, segment in enumerate(segments):
+        leases[:, index] = torch.tensor(segment.lease)
     every_row = torch.arange(rows, dtype=torch.int32, device=device).view(sets, load.batch)
     query = (load.batch, heads.q_heads, heads.head_size)
     return Inputs(
         layout,
         kv_cache,
         block_table,
-        torch.tensor([[first, tail]], dtype=torch.int32, device=device).repeat(rows, 1),
+        leases.to(device),
         torch.full((load.batch,), load.tokens, dtype=torch.int32, device=device),
         tuple(row.clone() for row in every_row),
         tuple(

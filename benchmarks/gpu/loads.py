@@ -55,15 +55,23 @@ class Holding:
             ``int``: i8 at half the bytes, else i4, and what does not fit is dropped; ``mixed``: as
             allocations come out, see :data:`MIXED_SHARES`.
         budget: share of the full bytes.
+        segment_tokens: of what each lease has compressed; None for a single lease.
     """
 
     kind: Kind
     budget: float = 1.0
+    segment_tokens: int | None = None
 
     @property
     def name(self) -> str:
         """As tables call it."""
-        return "full" if self.kind == "full" else f"{self.kind} {self.budget:.4g}"
+        if self.kind == "full":
+            return "full"
+        return f"{'segments' if self.segment_tokens else self.kind} {self.budget:.4g}"
+
+    def max_leases(self, tokens: int) -> int:
+        """Leases of a context of so many tokens at most."""
+        return max(tokens // self.segment_tokens, 1) if self.segment_tokens else 1
 
     def formats(self, head_size: int) -> tuple[str, ...]:
         """Names of the page formats. At 100 % they are a server's defaults, with no lease."""
@@ -188,6 +196,9 @@ LLAMA = MODELS[0]
 DECISIVE = tuple(Load(LLAMA, batch, tokens) for batch in (16, 64, 1) for tokens in (32768, 8192))
 """What decides which kernel serves, in order of worth; Qwen3-8B has the same heads."""
 DECISIVE_HOLDINGS = (FULL, Holding("mixed", 0.25), Holding("mixed", 0.125))
+SEGMENTS = Holding("mixed", 0.25, 1024)
+SEGMENTS_FROM = 32768
+"""Tokens of a context that is timed in segments as well."""
 
 MANY_LAYERS = (
     (Load(LLAMA, 14, 32768, layers=32), FULL),

@@ -17,6 +17,8 @@ from .trial import LSE_TOLERANCE, TOLERANCE, Trial
 TAIL = "tail"
 PAGES = 2
 """Whole pages that a list has at most; then one token more."""
+LEASES = 3
+"""Of a request at most."""
 QUERIES = 64
 """Of a call."""
 
@@ -37,7 +39,7 @@ class Place:
 
 
 class OneList(leases.Case):
-    """Requests whose only list has a given number of tokens in every head and layer.
+    """Requests whose only list has a given number of tokens in every lease, head and layer.
 
     Args:
         model: with a single format.
@@ -46,13 +48,12 @@ class OneList(leases.Case):
     """
 
     def __init__(self, model: Model, tokens: Sequence[int], seed: int) -> None:
-        self._tokens = list(tokens)
-        self._next = iter(self._tokens)
-        layout = model.layout()
+        layout, count = model.layout(), min(model.max_leases, LEASES)
+        self._next = iter([n for n in tokens for _ in range(count)])
         pages = [layout.formats.pages(torch.tensor([n])).item() for n in tokens]
         heads = layout.pages_per_block
         blocks = [-(-(layout.lists_first_page + int(p) * heads) // heads) for p in pages]
-        super().__init__(model, [Request(b, 0) for b in blocks], seed)
+        super().__init__(model, [Request((b,) * count, 0) for b in blocks], seed)
 
     def draw_tokens(self, lease_blocks: int, fill: float) -> torch.Tensor:
         """See :class:`leases.Case`."""

@@ -30,7 +30,8 @@ def compile_kernels(
     kernel = kernel_named("Triton")
     for batch in batches:
         small = Load(load.heads, batch, min(load.tokens, 1024), load.layers)
-        inputs = build(small, holding, 1, device().where, _generator(seed))
+        most = holding.max_leases(load.tokens)
+        inputs = build(small, holding, 1, device().where, _generator(seed), most)
         Call(inputs, kernel).step(0)
         device().synchronize()
     yield {"kind": "compiled", "name": f"{load.heads.name}, {holding.name}"}
@@ -46,7 +47,8 @@ def time_ours(load: Load, holdings: Sequence[Holding], kernel: str, seed: int) -
             yield _row(load, kernel, holding, NOT_TIMED, (0, 0), rate, note)
             continue
         sets = 1 if load.layers > 1 else sets_for(load.full_bytes * holding.budget)
-        inputs = build(load, holding, sets, device().where, _generator(seed))
+        most = holding.max_leases(load.tokens)
+        inputs = build(load, holding, sets, device().where, _generator(seed), most)
         sizes = inputs.kv_bytes, inputs.moved_bytes
         call = Call(inputs, kernel_named(kernel))
         yield _row(load, kernel, holding, time_calls(call.step, call.steps), sizes, rate)

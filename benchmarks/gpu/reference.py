@@ -7,7 +7,13 @@ import torch
 from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.packing import unpack_list
-from mdkv_vllm.core.reference import attend, read_page_table, read_prompt_basis, to_full
+from mdkv_vllm.core.reference import (
+    attend,
+    leases_of,
+    read_page_table,
+    read_prompt_basis,
+    to_full,
+)
 
 
 def mixed_decode(
@@ -35,16 +41,17 @@ def mixed_decode(
     for index, (row, length) in enumerate(zip(query_rows.tolist(), lengths.tolist(), strict=True)):
         if length == 0:
             continue
-        keys, values = _tail(kv_cache, layer, layout, block_table[row], leases[row], length)
-        first, end = leases[row].tolist()
-        kept = [(keys[head], values[head]) for head in range(heads)]
-        if end:
-            lease = _lease(kv_cache, block_table[row, first:end], layer, layout, basis)
-            kept = [
-                (torch.cat((k, more_k)), torch.cat((v, more_v)))
-                for (k, v), (more_k, more_v) in zip(kept, lease, strict=True)
-            ]
-        for head, (keys, values) in enumerate(kept):
+        held = leases_of(leases, row)
+        tail = held[-1][1] if held else 0
+        keys, values = _tail(kv_cache, layer, layout, block_table[row], tail, length)
+        parts = [[(keys[head], values[head]) for head in range(heads)]]
+        parts += [
+            _lease(kv_cache, block_table[row, first:end], layer, layout, basis)
+            for first, end in held
+        ]
+        for head in range(heads):
+            own = [part[head] for part in parts]
+            keys, values = (torch.cat(side) for side in zip(*own, strict=True))
             mine = slice(head * group, (head + 1) * group)
             outputs[index, mine], lse[index, mine] = attend(query[index, mine], keys, values, scale)
     return outputs, lse
@@ -55,12 +62,11 @@ def _tail(
     layer: int,
     layout: LeaseLayout,
     blocks: torch.Tensor,
-    lease: torch.Tensor,
+    first: int,
     length: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Full tokens behind a lease: float64 keys and values ``[kv_heads, tokens, head_size]``."""
+    """Full tokens from a block on: float64 keys and values ``[kv_heads, tokens, head_size]``."""
     block_size, heads = layout.geometry.block_size, layout.num_kv_heads
-    first = int(lease[1])
     last = max(first, -(-length // block_size))
     pages = kv_cache[blocks[first:last].long(), layer * heads : (layer + 1) * heads]
     slots = pages.transpose(0, 1).flatten(1, 2)[:, : max(length - first * block_size, 0)].double()

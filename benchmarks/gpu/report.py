@@ -174,6 +174,20 @@ def translation(rows: Sequence[Timed]) -> list[str]:
     return lines
 
 
+def in_segments(rows: Sequence[Timed]) -> list[str]:
+    """What several leases take, over one of the same budget: a line each."""
+    single = {(row.load, row.kernel, row.holding): row.microseconds for row in rows}
+    lines = []
+    for row in rows:
+        one = single.get((row.load, row.kernel, row.holding.replace("segments", "mixed")))
+        if row.holding.startswith("segments") and one is not None:
+            lines.append(
+                f"{row.kernel}, {row.batch} x {row.tokens}, {row.holding}: "
+                f"{row.microseconds / one:.2f} x the time of one lease ({one:.1f} us)"
+            )
+    return lines
+
+
 def _cell(row: Timed | None, baseline: Timed | None) -> str:
     if row is None or math.isnan(row.microseconds):
         return "-"

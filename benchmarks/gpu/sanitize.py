@@ -22,7 +22,10 @@ from .compress_check import CASES, check_compression
 from .device import device, rehearsing
 from .trial import Trial
 
-REHEARSED = Model(("i8", "full"), 64, 1, kv_heads=1, block_size=4, query_dtype=torch.bfloat16)
+REHEARSED = Model(
+    ("i8", "full"), 64, 1, kv_heads=1, block_size=4, query_dtype=torch.bfloat16, max_leases=2
+)
+SEVERAL_LEASES = Model(EVERY_FORMAT, query_dtype=torch.bfloat16, max_leases=3)
 TOOLS = ("memcheck", "racecheck", "synccheck")
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +70,8 @@ def small_case(kernel: str, planted: bool) -> None:
 
     Beside Triton's, compress a short prompt.
     """
-    model = REHEARSED if rehearsing() else Model(EVERY_FORMAT, query_dtype=torch.bfloat16)
-    case = leases.Case(model, leases.ragged(model.layout().min_blocks + 2), torch.seed() % 2**31)
+    model = REHEARSED if rehearsing() else SEVERAL_LEASES
+    case = leases.Case(model, leases.ragged(model), torch.seed() % 2**31)
     trial = Trial(case, len(case.totals), device().where, kernel_named(kernel))
     trial.load(range(len(case.totals)), case.totals)
     if planted:

@@ -71,9 +71,10 @@ class Trial:
         self.scale = model.head_size**-0.5
         self.kernel = kernel.make(
             DecodeConfig(
-                self.kv_cache, case.layout, model.group, case.calibrated, self.scale, queries
+                self.kv_cache, case.layout, model.group, case.calibrated, self.scale, queries,
+                model.max_leases,
             )
-        )
+        )  # fmt: skip
 
     def load(self, rows: Sequence[int], lengths: Sequence[int]) -> None:
         """Copy the case as it now is, fresh queries, and poison into the buffers."""

@@ -79,7 +79,8 @@ struct DecodeArgs {
   int64_t max_blocks;
   const int32_t* query_rows;  // [queries]
   const int32_t* lengths;     // [queries]
-  const int32_t* leases;      // [rows, 2]: first lease block, tail block
+  const int32_t* leases;      // [rows, max_leases, 2]: first block, and the one behind the last
+  int64_t max_leases;
 
   Format formats[kMaxFormats];
   int32_t num_formats;
@@ -89,7 +90,7 @@ struct DecodeArgs {
   const float* basis_v;
   const float* hadamard;  // [head_size, head_size]
   int32_t basis_rank;
-  bool prompt_basis;  // the basis lies in the lease, not in basis_k and basis_v
+  bool prompt_basis;  // the basis lies in the only lease, not in basis_k and basis_v
   int64_t basis_first_page;
   int64_t basis_pages_per_head;
   bool uses_basis;     // some format's rotation
@@ -109,16 +110,19 @@ struct List {
   int32_t first_page;
 };
 
-// The work of one (query, KV head): its lists' pages in order, then its tail's.
+// The work of one (query, KV head): the pages of its lists, format by format and of each format
+// lease by lease, then its tail's.
 struct Unit {
   int64_t query;
   int64_t row;
   int32_t head;
   int32_t length;  // keys visible, counted from position 0
-  int32_t first_lease_block;
-  int32_t tail_block;  // 0: no lease
-  int64_t pages;       // of all lists and the tail
-  List lists[kMaxFormats];
+  int32_t num_leases;
+  int32_t tail_block;
+  const int32_t* leases;            // of its row
+  const List* lists;                // [formats, leases]
+  int64_t list_pages[kMaxFormats];  // of each format, in all leases
+  int64_t pages;                    // of all lists and the tail
 };
 
 // Pages [begin, end) of a unit; no unit where there are none.

@@ -14,18 +14,14 @@ MDKV_INLINE const uint8_t* lease_page(const DecodeArgs& args, int64_t row, int64
   return args.block(row, block) + page % args.pages_per_block * args.page_bytes;
 }
 
-MDKV_INLINE const uint8_t* lease_page(const DecodeArgs& args, const Unit& unit, int64_t page) {
-  return lease_page(args, unit.row, unit.first_lease_block, page);
-}
-
 MDKV_INLINE const uint8_t* tail_page(const DecodeArgs& args, const Unit& unit, int64_t block) {
   const int64_t page = int64_t{args.layer} * args.num_kv_heads + unit.head;
   return args.block(unit.row, block) + page * args.page_bytes;
 }
 
 inline bool uses(const DecodeArgs& args, const Unit& unit, int32_t rotation) {
-  for (int f = 0; f < args.num_formats && unit.tail_block > 0; ++f) {
-    if (args.formats[f].rotation == rotation && unit.lists[f].tokens > 0) return true;
+  for (int f = 0; f < args.num_formats; ++f) {
+    if (args.formats[f].rotation == rotation && unit.list_pages[f] > 0) return true;
   }
   return false;
 }
@@ -60,7 +56,7 @@ inline const float* basis_rows(const DecodeArgs& args, const Unit& unit, int sid
                                TileScratch& scratch) {
   const int64_t size = int64_t{args.basis_rank} * args.head_size;
   if (!args.prompt_basis) return (side ? args.basis_v : args.basis_k) + unit.head * size;
-  read_prompt_basis(args, unit.row, unit.first_lease_block, unit.head, side, scratch.basis);
+  read_prompt_basis(args, unit.row, unit.leases[0], unit.head, side, scratch.basis);
   return scratch.basis;
 }
 

@@ -32,20 +32,23 @@ void set_requests(const at::Tensor& block_table, const at::Tensor& query_rows,
   check_int32(block_table, "block_table", 2);
   check_int32(query_rows, "query_rows", 1);
   check_int32(lengths, "lengths", 1);
-  check_int32(leases, "leases", 2);
+  check_int32(leases, "leases", 3);
   TORCH_CHECK(query_rows.size(0) == args.num_queries, "query_rows: expected [", args.num_queries,
               "], got ", query_rows.sizes());
   TORCH_CHECK(lengths.size(0) == args.num_queries, "lengths: expected [", args.num_queries,
               "], got ", lengths.sizes());
   args.num_rows = block_table.size(0);
-  TORCH_CHECK(leases.size(0) >= args.num_rows && leases.size(1) == 2 && leases.is_contiguous(),
-              "leases: expected contiguous [", args.num_rows, ", 2], got ", leases.sizes());
+  TORCH_CHECK(leases.size(0) >= args.num_rows && leases.size(1) > 0 && leases.size(2) == 2 &&
+                  leases.is_contiguous(),
+              "leases: expected contiguous [", args.num_rows, ", max_leases, 2], got ",
+              leases.sizes());
   args.max_blocks = block_table.size(1);
   args.block_table = block_table.const_data_ptr<int32_t>();
   args.block_table_stride = block_table.stride(0);
   args.query_rows = query_rows.const_data_ptr<int32_t>();
   args.lengths = lengths.const_data_ptr<int32_t>();
   args.leases = leases.const_data_ptr<int32_t>();
+  args.max_leases = leases.size(1);
 }
 
 void mixed_decode(const at::Tensor& query, const at::Tensor& kv_cache, int64_t layer,
@@ -70,6 +73,8 @@ void mixed_decode(const at::Tensor& query, const at::Tensor& kv_cache, int64_t l
   set_formats(formats, args);
   set_basis(basis_k, basis_v, hadamard, basis_first_page, basis_pages_per_head, prompt_basis_rank,
             args);
+  TORCH_CHECK(!args.prompt_basis || args.max_leases == 1, "leases: ", args.max_leases,
+              " per row; a prompt's own basis allows one, because a query is rotated once");
   if (lse.has_value()) {
     TORCH_CHECK(lse->scalar_type() == at::kFloat && lse->is_contiguous() && lse->dim() == 2 &&
                     lse->size(0) == query.size(0) && lse->size(1) == query.size(1),

@@ -13,59 +13,93 @@ class PageStream {
  public:
   PageStream(const DecodeArgs& args, const PageRun& run)
       : args_(args), unit_(*run.unit), begin_(run.begin), end_(run.end) {
-    enter(unit_.tail_block > 0 ? 0 : args.num_formats);
+    if (unit_.num_leases > 0) {
+      enter_list();
+    } else {
+      enter_tail();
+    }
   }
 
-  // Replaces the tile's pages by the next ones; leaves it empty at the end.
+  // Replaces the tile's pages by the next ones; leaves it empty at the end. Its pages are of one
+  // format, in any leases.
   void fill(Tile& tile) {
     tile.num_pages = 0;
     while (page_ >= stop_) {
-      if (segment_ == args_.num_formats) return;
-      enter(segment_ + 1);
+      if (!next()) return;
     }
-    const Format& format = segment_format();
+    const int index = format_;
+    const Format& format = current_format();
     const int capacity = format.tokens_per_page;
     // Pages of slots can be cut anywhere, and are where they would be larger than a tile.
     const bool slots = format.slots();
     const int run = slots && capacity > kFullRun ? kFullRun : capacity;
     const int64_t token_bytes = args_.page_bytes / args_.block_size;
     const int64_t page_bytes = slots ? run * token_bytes : format.used_bytes;
-    tile.begin(format, segment_, run, page_bytes);
-    for (const uint8_t* page = nullptr; page_ < stop_ && !tile.full();) {
-      if (page == nullptr && (page = readable(page_at(page_), tile)) == nullptr) return;
-      const int64_t rest = tokens_ - page_ * capacity;
-      const int count = static_cast<int>(rest < capacity ? rest : capacity) - offset_;
-      const int taken = count < run ? count : run;
-      tile.push(page + offset_ * token_bytes, slots ? taken * token_bytes : page_bytes, taken);
-      offset_ += taken;
-      if (taken == count) {
-        ++page_;
-        offset_ = 0;
-        page = nullptr;
+    tile.begin(format, index, run, page_bytes);
+    do {
+      for (const uint8_t* page = nullptr; page_ < stop_ && !tile.full();) {
+        if (page == nullptr && (page = readable(page_at(page_), tile)) == nullptr) return;
+        const int64_t rest = tokens_ - page_ * capacity;
+        const int count = static_cast<int>(rest < capacity ? rest : capacity) - offset_;
+        const int taken = count < run ? count : run;
+        tile.push(page + offset_ * token_bytes, slots ? taken * token_bytes : page_bytes, taken);
+        offset_ += taken;
+        if (taken == count) {
+          ++page_;
+          offset_ = 0;
+          page = nullptr;
+        }
       }
-    }
+    } while (!tile.full() && lease_ + 1 < unit_.num_leases && next());
   }
 
  private:
-  // Lists are segments 0 .. formats - 1, the tail is the last.
-  void enter(int segment) {
-    if (segment > 0 && unit_.tail_block > 0) before_ += pages_;
-    segment_ = segment;
-    const bool tail = segment == args_.num_formats;
-    tokens_ = tail ? unit_.length - int64_t{unit_.tail_block} * args_.block_size
-                   : unit_.lists[segment].tokens;
-    pages_ = tail ? end_ - before_ : segment_format().pages(tokens_);
+  // Goes to the next list, or from the last to the tail; false behind that.
+  bool next() {
+    if (format_ == args_.num_formats) return false;
+    before_ += pages_;
+    if (++lease_ == unit_.num_leases) {
+      lease_ = 0;
+      ++format_;
+    }
+    if (format_ < args_.num_formats) {
+      enter_list();
+    } else {
+      enter_tail();
+    }
+    return true;
+  }
+
+  void enter_list() {
+    const List& list = unit_.lists[format_ * unit_.num_leases + lease_];
+    tokens_ = list.tokens;
+    first_page_ = list.first_page;
+    first_block_ = unit_.leases[2 * lease_];
+    pages_ = current_format().pages(tokens_);
+    set_stop();
+  }
+
+  void enter_tail() {
+    format_ = args_.num_formats;
+    lease_ = unit_.num_leases;
+    tokens_ = unit_.length - int64_t{unit_.tail_block} * args_.block_size;
+    first_block_ = unit_.tail_block;
+    pages_ = end_ - before_;
+    set_stop();
+  }
+
+  void set_stop() {
     page_ = begin_ > before_ ? begin_ - before_ : 0;
     stop_ = end_ - before_ < pages_ ? end_ - before_ : pages_;
   }
 
-  MDKV_INLINE const Format& segment_format() const {
-    return segment_ == args_.num_formats ? args_.full : args_.formats[segment_];
+  MDKV_INLINE const Format& current_format() const {
+    return format_ == args_.num_formats ? args_.full : args_.formats[format_];
   }
   MDKV_INLINE const uint8_t* page_at(int64_t page) const {
-    return segment_ == args_.num_formats
-               ? tail_page(args_, unit_, unit_.tail_block + page)
-               : lease_page(args_, unit_, unit_.lists[segment_].first_page + page);
+    return format_ == args_.num_formats
+               ? tail_page(args_, unit_, first_block_ + page)
+               : lease_page(args_, unit_.row, first_block_, first_page_ + page);
   }
 
   // Pages whose end kernels cannot over-read, because the cache ends there, are copied. Null
@@ -82,10 +116,12 @@ class PageStream {
   const DecodeArgs& args_;
   const Unit& unit_;
   int64_t begin_, end_;
-  int segment_ = 0;
-  int64_t before_ = 0;  // pages of the segments before
-  int64_t pages_ = 0;   // of the segment
-  int64_t tokens_ = 0;  // of the segment
+  // The list that pages are taken of; the tail is the last format.
+  int format_ = 0, lease_ = 0;
+  int64_t before_ = 0;  // pages before it
+  int64_t pages_ = 0;   // that it has
+  int64_t tokens_ = 0;  // that it has
+  int64_t first_block_ = 0, first_page_ = 0;
   int64_t page_ = 0, stop_ = 0;
   int offset_ = 0;  // tokens already taken of the page
 };

@@ -64,7 +64,7 @@ inline void prepare_codes(const DecodeArgs& args, const Unit& unit, Prepared& pr
 #endif
   for (int f = 0; f < args.num_formats; ++f) {
     const Format& format = args.formats[f];
-    if (!format.codes() || unit.lists[f].tokens == 0) continue;
+    if (!format.codes() || unit.list_pages[f] == 0) continue;
     const SpaceQuery& query = prepared.spaces[format.rotation];
     for (int g = 0; g < args.group; ++g) {
       prepared.zero_dot[f * args.group + g] = format.zero() * sum_query(query, g, format.rank);
@@ -90,7 +90,7 @@ inline void prepare(const DecodeArgs& args, const Unit& unit, TileScratch& scrat
     add_product(args.hadamard, args.head_size, args.head_size, query.exact, query.width, args.group,
                 rotated.exact, rotated.width);
   }
-  if (unit.tail_block > 0) prepare_codes(args, unit, prepared);
+  prepare_codes(args, unit, prepared);
 }
 
 }  // namespace

@@ -102,7 +102,7 @@ class Run {
 
   void split() {
     int64_t total = 0;
-    for (const Unit& unit : units_) total += weight(unit);
+    for (const Unit& unit : units_.all) total += weight(unit);
     const int64_t threads = at::get_num_threads();
     const int64_t num_tasks = threads == 1
                                   ? 1
@@ -114,7 +114,7 @@ class Run {
       const int64_t stop = total * (t + 1) / num_tasks;
       tasks_[t].first_piece = pieces_.size();
       while (before + done < stop) {
-        const int64_t left = weight(units_[unit]) - done;
+        const int64_t left = weight(units_.all[unit]) - done;
         const int64_t taken = std::min(left, stop - before - done);
         const int64_t part = done > 0 ? pieces_.back().part + 1 : 0;
         pieces_.push_back({unit, done, done + taken, part, nullptr});
@@ -128,7 +128,7 @@ class Run {
 
   // Gives every unit of several pieces the memory that its pieces share.
   void share() {
-    std::vector<int64_t> parts(units_.size(), 0);
+    std::vector<int64_t> parts(units_.all.size(), 0);
     for (const Piece& piece : pieces_) ++parts[piece.unit];
     int64_t num_shared = 0, num_parts = 0;
     for (const int64_t count : parts) {
@@ -166,7 +166,7 @@ class Run {
   }
 
   void process(const Piece& piece, const PageRun& next, ThreadScratch& scratch) {
-    const Unit& unit = units_[piece.unit];
+    const Unit& unit = units_.all[piece.unit];
     const PageRun run = page_run(piece);
     if (piece.shared == nullptr) {
       kernels_.prepare(args_, unit, scratch.tile, scratch.prepared);
@@ -183,7 +183,7 @@ class Run {
   }
 
   PageRun page_run(const Piece& piece) const {
-    const Unit& unit = units_[piece.unit];
+    const Unit& unit = units_.all[piece.unit];
     return {&unit, piece.begin, std::min(piece.end, unit.pages)};
   }
 
@@ -201,7 +201,7 @@ class Run {
 
   const DecodeArgs& args_;
   const Kernels& kernels_;
-  std::vector<Unit> units_;
+  Units units_;
   std::vector<Piece> pieces_;
   std::vector<Task> tasks_;
   std::vector<Shared> shared_;

@@ -7,8 +7,13 @@
 
 namespace mdkv {
 
-// One unit per (query, KV head), with its lists read from the lease's page table. Throws where a
-// table or a block id points outside the cache.
-std::vector<Unit> read_units(const DecodeArgs& args);
+struct Units {
+  std::vector<Unit> all;    // one per (query, KV head)
+  std::vector<List> lists;  // of all units, which point to theirs
+};
+
+// Reads the units' lists from the page tables of their leases. Throws where leases are not in
+// order, or a table or a block id points outside the cache.
+Units read_units(const DecodeArgs& args);
 
 }  // namespace mdkv

@@ -59,6 +59,15 @@ struct Run {
   float unit;  // what 1 stands for in its accumulators
 };
 
+// The pages of a list that lie in one lease; pages and tokens are counted through all leases, as if
+// all pages before were full.
+struct alignas(16) Extent {
+  int32_t end;          // page behind its last
+  int32_t until;        // token behind its last
+  int32_t origin;       // page of the lease that page 0 of the list would be
+  int32_t first_block;  // of the lease, in the row of the block table
+};
+
 struct DecodeArgs {
   mdkv_call call;
   List lists[kMaxLists];
@@ -74,6 +83,8 @@ struct DecodeArgs {
   int32_t rows;  // query heads of a unit at most
   int32_t pages_per_block;
   int64_t page_bytes;
+  int32_t max_leases;  // of a row
+  int32_t lease_step;  // the largest power of two below max_leases, or 0
   int32_t basis_rank;
   int32_t prompt_basis;
   int32_t basis_first_page;
@@ -91,6 +102,7 @@ struct DecodeArgs {
   int32_t query_width;   // see query_offset
   int32_t record_words;  // of a unit, see below
   int32_t* records;      // [units, record_words]
+  Extent* extents;       // [units, formats, max_leases]; unset behind a row's last lease
   int32_t* unit_weight;  // [units], of its pages
   int32_t* unit_begin;   // [units], weight of all pages before a unit's; unset without pages
   int32_t* share;        // weight of a warp's pages, see Share
@@ -101,9 +113,11 @@ struct DecodeArgs {
 // A unit is a query, a KV head and at most kHeads query heads of its group. Its record:
 enum Record : int32_t {
   kRow = 0,         // of the block table
-  kFirstBlock = 1,  // of the lease, in that row
-  kTailBlock = 2,
-  kFirstList = 3,  // then tokens and first page of every list; the tail's first page is unused
+  kLeases = 1,      // how many there are
+  kFirstBlock = 2,  // of the first lease, in that row
+  kTailBlock = 3,
+  kTailTokens = 4,
+  kFirstList = 5,  // then the pages of every list, in all leases
 };
 
 // Where queries of a space and type start in a row of `queries`: the model's space in the cache's
@@ -134,6 +148,11 @@ MDKV_DEVICE UnitPlace place_of(const DecodeArgs& args, int unit) {
 // run or the warp is another one, and neither ever goes back.
 MDKV_DEVICE int64_t slot_of(const DecodeArgs& args, int unit, int run, int warp) {
   return int64_t{unit} * args.num_runs + run + warp;
+}
+
+// A list's extents, lease by lease.
+MDKV_DEVICE Extent* extents_of(const DecodeArgs& args, int unit, int list) {
+  return args.extents + (int64_t{unit} * (args.num_lists - 1) + list) * args.max_leases;
 }
 
 MDKV_DEVICE int pages_of(const List& list, int tokens) {

@@ -13,7 +13,7 @@
 extern "C" {
 #endif
 
-#define MDKV_CUDA_ABI 3
+#define MDKV_CUDA_ABI 4
 #define MDKV_MAX_FORMATS 16
 
 enum mdkv_element { MDKV_FLOAT32 = 0, MDKV_FLOAT16 = 1, MDKV_BFLOAT16 = 2 };
@@ -31,6 +31,7 @@ typedef struct {
   int32_t prompt_basis;      // 1 where the basis lies in the lease
   int32_t basis_first_page;  // of a lease, where its bases start
   int32_t basis_pages;       // pages of one head's bases
+  int32_t max_leases;        // of a request; 1 with prompt bases
   mdkv_page_format formats[MDKV_MAX_FORMATS + 1];
 } mdkv_shape;
 
@@ -55,7 +56,7 @@ typedef struct {
   int64_t table_stride;
   const int32_t* query_rows;  // [queries]
   const int32_t* lengths;     // [queries]; 0 for padding
-  const int32_t* leases;      // [rows, 2]
+  const int32_t* leases;      // [rows, max_leases, 2]: where each begins and ends; 0, 0 for none
   const float* basis_keys;    // [kv_heads, basis_rank, head_size] of the layer, if calibrated
   const float* basis_values;
   void* output;  // as query

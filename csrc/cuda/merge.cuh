@@ -30,7 +30,7 @@ MDKV_DEVICE void for_runs(const DecodeArgs& args, int unit, Body&& body) {
     int end = begin, last = begin;  // where the last page begins
     for (; list < args.num_lists && args.lists[list].run == run; ++list) {
       const List& of = args.lists[list];
-      const int pages = pages_of(of, record[kFirstList + 2 * list]);
+      const int pages = record[kFirstList + list];
       end += pages * of.weight;
       if (pages > 0) last = end - of.weight;
     }

@@ -2,47 +2,49 @@
 // keeps the queries as they are, for callers that ask for it.
 #pragma once
 
-#include "args.cuh"
+#include "leases.cuh"
 #include "scalars.cuh"
 #include "spaces.cuh"
 
 namespace mdkv {
 
-// The lengths of a unit's lists. One thread per list looks up its own.
+// The lengths of a unit's lists and where their pages are. One warp per list looks up its own.
 MDKV_DEVICE void write_record(const DecodeArgs& args, int unit, int query, int kv_head,
                               uint32_t scratch) {
+  const int warps = num_threads() / 32, lane = thread_index() % 32;
   const mdkv_call& call = args.call;
   const int length = call.lengths[query];
   // The row of padding may be anything.
   const int row = length > 0 ? call.query_rows[query] : 0;
-  const int first_block = length > 0 ? call.leases[2 * row] : 0;
-  const int tail_block = length > 0 ? call.leases[2 * row + 1] : 0;
+  const int32_t* leases = length > 0 ? call.leases + int64_t{row} * args.max_leases * 2 : nullptr;
+  const int32_t* blocks = blocks_of(args, row);
   int32_t* record = args.records + int64_t{unit} * args.record_words;
-  const int list = thread_index();
   const int tail = args.num_lists - 1;
-  if (list < args.num_lists) {
-    int tokens = 0, first_page = 0;
+  const int64_t head = int64_t{call.layer} * args.num_kv_heads + kv_head;
+  for (int list = thread_index() / 32; list < args.num_lists; list += warps) {
+    const List* of = list < tail ? &args.lists[list] : nullptr;
+    Extent* extents = of ? extents_of(args, unit, list) : nullptr;
+    const Leases found = read_leases(args, leases, blocks, of, head * tail + list, extents, lane);
+    int pages = found.pages;
     if (list == tail) {
-      const int full = length - tail_block * args.block_size;
-      tokens = full > 0 ? full : 0;
-    } else if (tail_block > 0) {
-      // A page table never spans blocks, and the pages of a block are contiguous.
-      const uint8_t* table = lease_page(args, blocks_of(args, row), first_block, 0);
-      const int64_t head = int64_t{call.layer} * args.num_kv_heads + kv_head;
-      const int32_t* entry = reinterpret_cast<const int32_t*>(table) + (head * tail + list) * 2;
-      tokens = entry[0];
-      first_page = entry[1];
+      const int full = length - found.end_block * args.block_size;
+      const int tokens = full > 0 ? full : 0;
+      pages = pages_of(args.lists[tail], tokens);
+      if (lane == 0) {
+        record[kRow] = row;
+        record[kLeases] = found.count;
+        record[kFirstBlock] = found.count > 0 ? leases[0] : 0;
+        record[kTailBlock] = found.end_block;
+        record[kTailTokens] = tokens;
+      }
     }
-    record[kFirstList + 2 * list] = tokens;
-    record[kFirstList + 2 * list + 1] = first_page;
-    const int weight = pages_of(args.lists[list], tokens) * args.lists[list].weight;
-    store_shared32(scratch + 4 * list, static_cast<uint32_t>(weight));
+    if (lane == 0) {
+      record[kFirstList + list] = pages;
+      store_shared32(scratch + 4 * list, static_cast<uint32_t>(pages * args.lists[list].weight));
+    }
   }
   sync_block();
   if (thread_index() == 0) {
-    record[kRow] = row;
-    record[kFirstBlock] = first_block;
-    record[kTailBlock] = tail_block;
     uint32_t weight = 0;
     for (int i = 0; i < args.num_lists; ++i) weight += load_shared32(scratch + 4 * i);
     args.unit_weight[unit] = static_cast<int32_t>(weight);

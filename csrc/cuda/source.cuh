@@ -1,6 +1,7 @@
 // A warp's share of a batch's pages: finds them one after the other and starts their copies.
 #pragma once
 
+#include "leases.cuh"
 #include "pages.cuh"
 
 namespace mdkv {
@@ -26,15 +27,6 @@ struct Share {
   int unit;     // in which the share begins
   int in_unit;  // weight of it before the share
 };
-
-MDKV_DEVICE int warp_scan(int x, int lane) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = static_cast<int>(shuffle(static_cast<uint32_t>(x), (lane - step) & 31));
-    if (lane >= step) x += other;
-  }
-  return x;
-}
 
 MDKV_DEVICE Share find_share(const DecodeArgs& args, int warp, int lane) {
   const int per_lane = (args.units + 31) / 32;
@@ -91,9 +83,8 @@ class PageSource {
     while (page_ >= list_pages_) next_list();
     if (page_ == looked_up_) look_up();
     const List& list = args_.lists[list_];
-    const int left = list_tokens_ - page_ * list.tokens_per_page;
-    const int tokens = left < list.tokens_per_page ? left : list.tokens_per_page;
     const uint8_t* from = address_of(page_ & 31);
+    const int tokens = static_cast<int>(shuffle(static_cast<uint32_t>(tokens_), page_ & 31));
     const uint32_t to = places_.stages + stage * args_.stage_bytes;
     const int chunks = list.kind == MDKV_SLOTS ? tokens * (list.key_row / kChunk) : list.chunks;
     const int keys = chunks < list.first_value_chunk ? chunks : list.first_value_chunk;
@@ -167,8 +158,7 @@ class PageSource {
   }
 
   MDKV_DEVICE void open_list() {
-    list_tokens_ = record()[kFirstList + 2 * list_];
-    list_pages_ = pages_of(args_.lists[list_], list_tokens_);
+    list_pages_ = record()[kFirstList + list_];
     page_ = looked_up_ = 0;
   }
 
@@ -188,22 +178,28 @@ class PageSource {
     return args_.records + int64_t{unit_} * args_.record_words;
   }
 
-  // Every thread finds the address of one of the next pages, up to a multiple of 32. What is
-  // needed here alone is read again each time: registers are scarcer.
+  // Every thread finds the address and the tokens of one of the next pages, up to a multiple of 32.
+  // What is needed here alone is read again each time: registers are scarcer.
   MDKV_DEVICE void look_up() {
     const int32_t* blocks = blocks_of(args_, record()[kRow]);
     const int page = (page_ & ~31) + lane_;
     const int in_list = page < list_pages_ ? page : list_pages_ - 1;
+    int until;
     if (list_ + 1 < args_.num_lists) {
-      const int first_page = record()[kFirstList + 2 * list_ + 1];
-      address_ = lease_page(args_, blocks, record()[kFirstBlock], first_page + in_list);
+      const Extent extent =
+          extent_of(args_, extents_of(args_, unit_, list_), record()[kLeases], in_list);
+      address_ = lease_page(args_, blocks, extent.first_block, extent.origin + in_list);
+      until = extent.until;
     } else {
       const int64_t block = blocks[record()[kTailBlock] + in_list];
       const int unit_head = unit_ / args_.tiles % args_.num_kv_heads;
       const int64_t page_in_block = int64_t{args_.call.layer} * args_.num_kv_heads + unit_head;
       address_ = static_cast<const uint8_t*>(args_.call.kv_cache) +
                  (block * args_.pages_per_block + page_in_block) * args_.page_bytes;
+      until = record()[kTailTokens];
     }
+    const int of_page = args_.lists[list_].tokens_per_page, left = until - in_list * of_page;
+    tokens_ = left < of_page ? left : of_page;
     looked_up_ = (page_ & ~31) + 32;
   }
 
@@ -221,8 +217,9 @@ class PageSource {
   int unit_, list_;
   int page_;       // the next one in its list
   int looked_up_;  // pages of the list before this one have addresses
-  int list_pages_, list_tokens_;
+  int list_pages_;
   const uint8_t* address_;  // of page 32 n + lane
+  int tokens_;              // that it holds
 };
 
 }  // namespace mdkv

@@ -6,7 +6,7 @@
 
 namespace mdkv {
 
-// Where a unit's lease is, if it has one.
+// Where a unit's first lease is, if it has one; where prompts have bases, it has no other.
 struct Lease {
   const int32_t* blocks;
   int first_block;
@@ -15,7 +15,7 @@ struct Lease {
 
 MDKV_DEVICE Lease lease_of(const DecodeArgs& args, int unit) {
   const int32_t* record = args.records + int64_t{unit} * args.record_words;
-  return {blocks_of(args, record[kRow]), record[kFirstBlock], record[kTailBlock] > 0};
+  return {blocks_of(args, record[kRow]), record[kFirstBlock], record[kLeases] > 0};
 }
 
 // A direction of a head's basis.

@@ -143,6 +143,9 @@ inline std::string check_shape(const mdkv_shape& shape) {
   if (shape.block_size < 1 || shape.num_layers < 1 || shape.num_kv_heads < 1 || shape.group < 1) {
     return "block size, layers, KV heads and group must be at least 1";
   }
+  if (shape.max_leases < 1 || (shape.prompt_basis && shape.max_leases > 1)) {
+    return number(shape.max_leases) + " leases; at least 1, and no more with prompts' own bases";
+  }
   if (shape.num_formats < 0 || shape.num_formats > MDKV_MAX_FORMATS) {
     return number(shape.num_formats) + " formats; at most " + number(MDKV_MAX_FORMATS);
   }
@@ -219,7 +222,9 @@ inline DecodeArgs make_args(const mdkv_shape& shape) {
   args.element = shape.element;
   args.stage_bytes = static_cast<int32_t>(args.page_bytes) + kPadding;
   args.query_width = 2 * args.head_size + 2 * basis_width(args);
-  args.record_words = kFirstList + 2 * args.num_lists;
+  args.record_words = kFirstList + args.num_lists;
+  args.max_leases = shape.max_leases;
+  for (int step = 1; step < args.max_leases; step *= 2) args.lease_step = step;
   return args;
 }
 
@@ -234,6 +239,7 @@ inline size_t place_workspace(DecodeArgs& args, uint8_t* base) {
   const int64_t slots = units * args.num_runs + args.warps;
   place(args.queries, units * kHeads * args.query_width);
   place(args.records, units * args.record_words);
+  place(args.extents, units * (args.num_lists - 1) * args.max_leases);
   place(args.unit_weight, units);
   place(args.unit_begin, units);
   place(args.share, 1);

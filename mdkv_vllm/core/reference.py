@@ -108,6 +108,16 @@ def attend(
     return scores.softmax(-1) @ values.double(), scores.logsumexp(-1)
 
 
+def leases_of(leases: torch.Tensor, row: int) -> list[tuple[int, int]]:
+    """First block of each lease of a row, and the one behind its last.
+
+    Args:
+        leases: int32 ``[rows, max_leases, 2]``; 0, 0 behind a row's last lease.
+        row: which.
+    """
+    return [(first, end) for first, end in leases[row].tolist() if end > 0]
+
+
 def mixed_decode(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -131,7 +141,9 @@ def mixed_decode(
         query_rows: int32 ``[queries]``, the block-table row of each query.
         lengths: int32 ``[queries]``, keys visible to each query counted from position 0; a query
             of length 0 gives zeros and minus infinity, and its row is not looked at.
-        leases: int32 ``[rows, 2]``, first lease block and tail block; 0, 0 for no lease.
+        leases: int32 ``[rows, max_leases, 2]``: of each lease of a row, in the order of their
+            tokens, its first block and the one behind its last; 0, 0 behind the last lease. What
+            follows the last lease's blocks is at full dimension.
         basis: calibrated basis, where formats use one and it is not the prompt's own.
         scale: factor of the scores.
 
@@ -146,17 +158,18 @@ def mixed_decode(
     for index, (row, length) in enumerate(zip(query_rows.tolist(), lengths.tolist(), strict=True)):
         if length == 0:
             continue
-        first_lease, tail = leases[row].tolist()
+        held = leases_of(leases, row)
+        tail = held[-1][1] if held else 0
         positions = torch.arange(tail * block_size, max(length, tail * block_size))
         blocks = block_table[row].long()[positions // block_size]
         for head in range(heads):
             slots = kv_cache[blocks, layer * heads + head, positions % block_size]
-            keys, values = slots[:, :head_size].double(), slots[:, head_size:].double()
-            if tail:
-                kept_k, kept_v = read_lease(
-                    kv_cache, block_table[row, first_lease:tail], layer, head, layout, basis
-                )
-                keys, values = torch.cat((kept_k, keys)), torch.cat((kept_v, values))
+            tokens = [
+                read_lease(kv_cache, block_table[row, first:end], layer, head, layout, basis)
+                for first, end in held
+            ]
+            tokens.append((slots[:, :head_size].double(), slots[:, head_size:].double()))
+            keys, values = (torch.cat(side) for side in zip(*tokens, strict=True))
             mine = slice(head * group, (head + 1) * group)
             outputs[index, mine], lse[index, mine] = attend(query[index, mine], keys, values, scale)
     return outputs, lse

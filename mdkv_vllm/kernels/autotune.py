@@ -53,7 +53,7 @@ class Workload:
         blocks[:, : raw.numel()] = raw
         table = torch.arange(shape[0], dtype=torch.int32, device=device).view(REQUESTS, held)
         rows = torch.arange(REQUESTS, dtype=torch.int32, device=device)
-        leases = torch.tensor([[0, lease]] * REQUESTS, dtype=torch.int32, device=device)
+        leases = torch.tensor([[[0, lease]]] * REQUESTS, dtype=torch.int32, device=device)
         lengths = torch.full_like(rows, held * geometry.block_size)
         self.batch = DecodeBatch(table, rows, lengths, leases)
         self.query = torch.randn(REQUESTS, heads * group, geometry.head_size, device=device).to(

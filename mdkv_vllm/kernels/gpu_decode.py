@@ -33,11 +33,17 @@ class GpuDecode(ABC):
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`.
 
         Raises:
-            ValueError: something has not a row per query.
+            ValueError: something has not a row per query, or rows have not as many leases as the
+                kernel was made for.
         """
         for name, tensor in {"output": output, "lse": lse, "recent": recent}.items():
             if tensor is not None and len(tensor) != len(query):
                 raise ValueError(f"{name}: {len(tensor)} rows for {len(query)} queries")
+        leases = batch.leases.shape
+        if leases[1:] != (self._config.max_leases, 2):
+            raise ValueError(
+                f"leases: {list(leases)}; expected [rows, {self._config.max_leases}, 2]"
+            )
         most = self._config.max_queries
         if 0 < len(query) <= most:  # nearly always, for every layer of every step
             self._launch(query, layer, batch, output, lse, recent)

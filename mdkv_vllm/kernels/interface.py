@@ -33,7 +33,11 @@ class DecodeConfig:
         basis: the calibrated basis, None where none is used or each prompt has its own.
         scale: factor of the attention scores.
         max_queries: queries of one launch at most; larger batches take several.
-        max_leases: leases of one request at most.
+        max_leases: leases of one request at most; 1 where the basis is the prompt's own, since a
+            query is rotated once.
+
+    Raises:
+        ValueError: requests have prompt bases of their own and several leases.
     """
 
     kv_cache: torch.Tensor
@@ -43,6 +47,16 @@ class DecodeConfig:
     scale: float
     max_queries: int
     max_leases: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_leases < 1:
+            raise ValueError(f"max_leases: {self.max_leases}; expected at least 1")
+        if self.layout.prompt_basis_rank and self.max_leases > 1:
+            raise ValueError(
+                f"max_leases: {self.max_leases}; a prompt's own basis (rank "
+                f"{self.layout.prompt_basis_rank}) allows one lease per request, because its "
+                "queries are rotated once"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """Random leases and tails in a poisoned cache, to test decode kernels against the reference."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +32,7 @@ class Model:
         dtype: of the cache.
         query_dtype: of queries and outputs.
         prompt_basis_rank: directions of each prompt's own basis; 0 for a calibrated one.
+        max_leases: leases of a request at most.
     """
 
     names: tuple[str, ...] = ("i4", "i8", "full")
@@ -41,6 +44,7 @@ class Model:
     dtype: torch.dtype = torch.bfloat16
     query_dtype: torch.dtype = torch.float32
     prompt_basis_rank: int = 0
+    max_leases: int = 1
 
     def layout(self) -> LeaseLayout:
         """What its leases look like."""
@@ -51,13 +55,33 @@ class Model:
 
 @dataclass
 class Request:
-    """One block-table row: lease and tail. No lease where lease_blocks is 0."""
+    """One block-table row: leases and tail.
 
-    lease_blocks: int
+    Attributes:
+        lease_blocks: blocks of its lease, 0 for none, or of each of its leases.
+        tail_tokens: tokens behind them.
+        freed_blocks: before every lease.
+        fill: share of the lists' pages in use, of every lease or of each; 0 leaves lists empty.
+    """
+
+    lease_blocks: int | tuple[int, ...]
     tail_tokens: int
     freed_blocks: int = 3
-    fill: float = 0.9
-    """Share of the lists' pages in use; 0 leaves every list empty."""
+    fill: float | tuple[float, ...] = 0.9
+
+    @property
+    def leases(self) -> list[tuple[int, float]]:
+        """Blocks and fill of each lease."""
+        blocks = self.lease_blocks
+        if isinstance(blocks, int):
+            blocks = (blocks,) if blocks else ()
+        fill = self.fill if isinstance(self.fill, tuple) else (self.fill,) * len(blocks)
+        return list(zip(blocks, fill, strict=True))
+
+    def entries(self, block_size: int) -> int:
+        """Entries of the block table that it takes."""
+        leases = sum(self.freed_blocks + blocks for blocks, _ in self.leases)
+        return leases + -(-self.tail_tokens // block_size)
 
 
 class Case:
@@ -77,12 +101,7 @@ class Case:
         self.basis = Basis(
             *(torch.linalg.qr(self.randn(*shape))[0][..., :rank].contiguous() for _ in range(2))
         )
-        entries = [
-            (r.freed_blocks if r.lease_blocks else 0)
-            + r.lease_blocks
-            + -(-r.tail_tokens // model.block_size)
-            for r in requests
-        ]
+        entries = [request.entries(model.block_size) for request in requests]
         num_blocks = sum(entries) + 1
         pages = self.layout.pages_per_block
         self.kv_cache = torch.full(
@@ -91,7 +110,7 @@ class Case:
         self.kv_cache = self.kv_cache.view(num_blocks, pages, model.block_size, 2 * model.head_size)
         free = torch.randperm(num_blocks, generator=self.gen).tolist()
         self.block_table = torch.full((len(requests), max([*entries, 1])), -1, dtype=torch.int32)
-        self.leases = torch.zeros(len(requests), 2, dtype=torch.int32)
+        self.leases = torch.zeros(len(requests), model.max_leases, 2, dtype=torch.int32)
         self.totals: list[int] = []
         for row, request in enumerate(requests):
             self.add_request(row, request, free)
@@ -102,20 +121,22 @@ class Case:
 
     def add_request(self, row: int, request: Request, free: list[int]) -> None:
         """Write a request into some of the free blocks."""
-        model = self.model
-        first = request.freed_blocks if request.lease_blocks else 0
-        tail = first + request.lease_blocks
-        tail_blocks = -(-request.tail_tokens // model.block_size)
-        taken = [free.pop() for _ in range(request.lease_blocks + tail_blocks)]
-        self.block_table[row, first : first + len(taken)] = torch.tensor(taken, dtype=torch.int32)
+        model, end = self.model, 0
+        for index, (num_blocks, fill) in enumerate(request.leases):
+            first = end + request.freed_blocks
+            end = first + num_blocks
+            blocks = [free.pop() for _ in range(num_blocks)]
+            self.block_table[row, first:end] = torch.tensor(blocks, dtype=torch.int32)
+            self.leases[row, index] = torch.tensor([first, end])
+            self.fill_lease(blocks, fill)
+        tail = [free.pop() for _ in range(-(-request.tail_tokens // model.block_size))]
+        self.block_table[row, end : end + len(tail)] = torch.tensor(tail, dtype=torch.int32)
         for t in range(request.tail_tokens):
-            block = taken[request.lease_blocks + t // model.block_size]
             slot = self.randn(self.layout.pages_per_block, 2 * model.head_size)
-            self.kv_cache[block, :, t % model.block_size] = slot.to(model.dtype)
-        self.totals.append(tail * model.block_size + request.tail_tokens)
-        if request.lease_blocks:
-            self.leases[row] = torch.tensor([first, tail])
-            self.fill_lease(taken[: request.lease_blocks], request.fill)
+            self.kv_cache[tail[t // model.block_size], :, t % model.block_size] = slot.to(
+                model.dtype
+            )
+        self.totals.append(end * model.block_size + request.tail_tokens)
 
     def fill_lease(self, blocks: list[int], fill: float) -> None:
         """Write random lists, and what describes them, into the blocks of a lease."""
@@ -157,7 +178,9 @@ class Case:
         lists = layout.list_pages(lease_blocks)
         page_counts = (share / share.sum().clamp_min(1e-9) * lists * fill).floor()
         last = torch.rand(share.shape, generator=self.gen)
-        return ((page_counts - last).clamp_min(0) * capacity).ceil().long()
+        tokens = ((page_counts - last).clamp_min(0) * capacity).ceil().long()
+        tokens[(tokens > 0) & (torch.rand(share.shape, generator=self.gen) < 0.1)] = 1
+        return tokens
 
     def write_prompt_basis(self, pages: torch.Tensor) -> None:
         """Write a random orthonormal basis for every layer and head."""
@@ -254,12 +277,23 @@ def poison_unused(page: torch.Tensor, tokens: int, fmt: PageFormat, geometry: Pa
     page[fmt.used_bytes :] = POISON
 
 
-def ragged(lease_blocks: int) -> list[Request]:
-    """Requests of many lengths, with leases of about so many blocks or without."""
-    return [
-        Request(lease_blocks, 37),
+def ragged(model: Model, lease_blocks: int | None = None) -> list[Request]:
+    """Requests of many lengths, with as many leases as they may have, fewer, or none.
+
+    Args:
+        model: theirs.
+        lease_blocks: blocks of a lease, about; few unless told.
+    """
+    blocks = lease_blocks or model.layout().min_blocks + 2
+    requests = [
+        Request(blocks, 37),
         Request(0, 70),
-        Request(lease_blocks + 2, 1, freed_blocks=0),
-        Request(lease_blocks, 16, fill=0.4),
+        Request(blocks + 2, 1, freed_blocks=0),
+        Request(blocks, 16, fill=0.4),
         Request(0, 1),
     ]
+    if model.max_leases > 1:
+        fill = (0.9, 0.0, *[0.5] * (model.max_leases - 2))
+        sizes = tuple(blocks + index % 3 - 1 for index in range(model.max_leases))
+        requests += [Request(sizes, 21, fill=fill), Request((blocks + 3, blocks), 0, 0)]
+    return requests

@@ -13,14 +13,14 @@ from triton.runtime.jit import JITFunction
 
 from mdkv_vllm.kernels.triton.attend import attend_split
 from mdkv_vllm.kernels.triton.merge import merge_parts
-from mdkv_vllm.kernels.triton.rotate import rotate_queries
+from mdkv_vllm.kernels.triton.prepare import prepare_units
 from mdkv_vllm.kernels.triton.shapes import DecodeShape
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that one program may have, by compute capability."""
 
 KERNELS = {
-    "rotate": (rotate_queries, {"KEEP": True}),
+    "prepare": (prepare_units, {"KEEP": True}),
     "attend": (attend_split, {"STAGES": 1}),
     "merge": (merge_parts, {"SPLITS": 128, "ROWS": 16, "HAS_LSE": True}),
 }
@@ -33,6 +33,8 @@ _POINTERS = {
     "query_rows": "i32",
     "lengths": "i32",
     "leases": "i32",
+    "records": "i32",
+    "extents": "i32",
 } | dict.fromkeys(("rotated", "part_out", "part_lse", "basis_keys", "basis_values", "lse"), "fp32")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -112,6 +112,7 @@ class Case(leases.Case):
             self.calibrated,
             scale,
             self.options.get("most", len(query)),
+            self.model.max_leases,
         )
         batch = DecodeBatch(self.block_table, query_rows, lengths, self.leases)
         *results, recent = self.runner.attend(
@@ -142,12 +143,18 @@ class Case(leases.Case):
         return output, lse
 
 
+LEASES = 4
+"""Of a request at most, where a prompt has no basis of its own."""
+
+
 def run_ragged(runner: Runner, model: Model, seed: int = 0, **options) -> None:
     """Leases and tails of many lengths, several queries of a row, and ragged batches."""
-    case = Case(runner, model, leases.ragged(model.layout().min_blocks + 2), seed, **options)
-    rows = [0, 1, 2, 3, 4, 0, 1, 1]
+    if not model.prompt_basis_rank:
+        model = replace(model, max_leases=LEASES)
+    case = Case(runner, model, leases.ragged(model), seed, **options)
+    rows = [*range(len(case.totals)), 0, 1, 1]
     totals = [case.totals[row] for row in rows]
-    totals[5] -= 5  # several queries of a row, of different lengths
-    totals[6] -= 33
-    totals[7] = 1
+    totals[-3] -= 5  # several queries of a row, of different lengths
+    totals[-2] -= 33
+    totals[-1] = 1
     case.check(rows, totals)

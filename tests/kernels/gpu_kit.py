@@ -126,7 +126,7 @@ def _wrong_from_eleven(kernel, config, query, layer, batch, output, lse):
     """Where a list (of every head and layer) has eleven tokens or more, in one dimension."""
     kernel.attend(query, layer, batch, output, lse)
     for index, row in enumerate(batch.query_rows.tolist()):
-        first, tail = batch.leases[row].tolist()
+        first, tail = batch.leases[row, 0].tolist()
         block = config.kv_cache[batch.block_table[row, first]].view(torch.uint8).flatten()
         held = int(block[:4].view(torch.int32)) if tail else int(batch.lengths[index])
         if held >= 11:

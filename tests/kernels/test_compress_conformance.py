@@ -16,12 +16,12 @@ from mdkv_vllm.core.kernels import ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.packing import unpack_list
-from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import Prompt
 from mdkv_vllm.core.reference import mixed_decode
 from mdkv_vllm.kernels.cpu.compress import CpuKernels
 from mdkv_vllm.testing.lists import ChosenBefore, assert_nearly_the_same_lists
 from mdkv_vllm.testing.paged import paged
+from mdkv_vllm.testing.plans import whole_prompt
 
 REFERENCE = ReferenceKernels()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -213,9 +213,9 @@ def test_pack_of_a_float32_cache(kernels):
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def decoded(result, layout, plan, queries, basis):
+def decoded(result, layout, segment, queries, basis):
     """Attention over the lease alone, read from a cache in which its blocks are shuffled."""
-    geometry, blocks = layout.geometry, plan.num_lease_blocks
+    geometry, blocks = layout.geometry, segment.num_lease_blocks
     shape = layout.pages_per_block, geometry.block_size, 2 * geometry.head_size
     kv_cache = torch.full((blocks + 3, *shape), torch.nan, dtype=geometry.dtype)
     places = torch.randperm(blocks + 3, generator=torch.Generator().manual_seed(1))[:blocks]
@@ -229,7 +229,7 @@ def decoded(result, layout, plan, queries, basis):
             places.int().unsqueeze(0),
             torch.zeros(len(query), dtype=torch.int32),
             torch.full((len(query),), blocks * geometry.block_size, dtype=torch.int32),
-            torch.tensor([[0, blocks]], dtype=torch.int32),
+            torch.tensor([[[0, blocks]]], dtype=torch.int32),
             basis,
             0.125,
         )[0]
@@ -256,7 +256,7 @@ def test_a_whole_prompt(kernels, names, by_head, most, own_basis):
     formats = parse_formats(names, geometry)
     rank = formats.basis_rank
     layout = LeaseLayout(geometry, formats, layers, heads, rank if own_basis else 0)
-    plan = plan_lease(300, LeaseTerms(16, window, 64, 0.4, layout.min_blocks, None))
+    segment = whole_prompt(300, 16, window, 0.4, layout.min_blocks)
     cache = (torch.randn(layers, 2, heads, 300, 64) * torch.linspace(2, 0.2, 64)).to(BF16)
     queries = torch.randn(layers, heads * 2, window, 64)
     basis = None
@@ -266,7 +266,7 @@ def test_a_whole_prompt(kernels, names, by_head, most, own_basis):
 
     def compress(which, load):
         compressor = Compressor(layout, LOSSES["hybrid"], 0.125, basis, by_head, which)
-        return compressor.compress(load, queries, plan, True)
+        return compressor.compress(load, queries, segment, True)
 
     def in_float(layer):
         return cache[layer].float().unbind()
@@ -284,9 +284,9 @@ def test_a_whole_prompt(kernels, names, by_head, most, own_basis):
     assert_nearly_the_same_lists(
         found.pages[lists:], expected.pages[lists:], formats, choice, geometry
     )
-    assert int(formats.pages(found.tokens).sum()) <= layout.list_pages(plan.num_lease_blocks)
+    assert int(formats.pages(found.tokens).sum()) <= layout.list_pages(segment.num_lease_blocks)
     query = torch.randn(layers, 5, heads * 2, 64)
-    both = (decoded(result, layout, plan, query, basis) for result in (found, expected))
+    both = (decoded(result, layout, segment, query, basis) for result in (found, expected))
     for ours, theirs in zip(*both, strict=True):
         assert theirs.norm() > 0
         assert (ours - theirs).norm() < 1e-2 * theirs.norm()

@@ -9,17 +9,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdkv_vllm.core.compress import CompressedPrompt, Compressor
+from mdkv_vllm.core.compress import CompressedSegment, Compressor
 from mdkv_vllm.core.formats import FormatSet, PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.loss import Candidate
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.plan import LeasePlan, LeaseTerms, plan_lease
 from mdkv_vllm.kernels.cpu import cpu_isas
 from mdkv_vllm.kernels.cpu.compress import CpuKernels
 from mdkv_vllm.testing.lists import assert_nearly_the_same_lists
+from mdkv_vllm.testing.plans import whole_prompt
 
 FAST, REFERENCE = CpuKernels(), ReferenceKernels()
 GEOMETRY = PageGeometry(16, 64, torch.bfloat16)
@@ -195,20 +195,19 @@ def compress(
     basis_rank: int = 0,
     size: int = 64,
     by_head: HeadBudgets | None = None,
-) -> tuple[CompressedPrompt, LeaseLayout]:
+) -> tuple[CompressedSegment, LeaseLayout]:
     torch.manual_seed(3)
     layers, heads, group, tokens, window = 2, 3, 3, 500, 24
     geometry = PageGeometry(16, size, torch.bfloat16)
     formats = parse_formats(names, geometry)
     layout = LeaseLayout(geometry, formats, layers, heads, basis_rank)
     floor = None if formats.drop else formats.formats[0].tokens_per_page
-    plan = plan_lease(tokens, LeaseTerms(16, window, 64, budget, layout.min_blocks, floor))
-    assert isinstance(plan, LeasePlan)
+    segment = whole_prompt(tokens, 16, window, budget, layout.min_blocks, floor)
     cache = torch.randn(layers, 2, heads, tokens, size) * torch.linspace(2, 0.2, size)
     queries = torch.randn(layers, heads * group, window, size)
     compressor = Compressor(layout, LOSSES[loss], size**-0.5, heads=by_head, kernels=kernels)
     result = compressor.compress(
-        lambda layer: (cache[layer, 0], cache[layer, 1]), queries, plan, True
+        lambda layer: (cache[layer, 0], cache[layer, 1]), queries, segment, True
     )
     return result, layout
 

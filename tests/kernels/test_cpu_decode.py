@@ -85,8 +85,11 @@ def decode_one(case: Case, **changes: torch.Tensor) -> None:
         ("query_rows", torch.ones(1, dtype=torch.int32)),
         ("lengths", torch.zeros(1, dtype=torch.int64)),
         ("lengths", torch.full((1,), 10**6, dtype=torch.int32)),
-        ("leases", torch.zeros(1, 3, dtype=torch.int32)),
-        ("leases", torch.tensor([[5, 4]], dtype=torch.int32)),
+        ("leases", torch.zeros(1, 2, dtype=torch.int32)),
+        ("leases", torch.zeros(1, 1, 3, dtype=torch.int32)),
+        ("leases", torch.tensor([[[5, 4]]], dtype=torch.int32)),
+        ("leases", torch.tensor([[[3, 7], [6, 8]]], dtype=torch.int32)),
+        ("leases", torch.tensor([[[-1, 2]]], dtype=torch.int32)),
         ("block_table", torch.full((1, 20), 10**6, dtype=torch.int32)),
         ("block_table", torch.full((1, 20), -1, dtype=torch.int32)),
         ("lse", torch.zeros(6)),
@@ -102,7 +105,7 @@ def test_wrong_arguments_are_named(name: str, value: torch.Tensor | int):
 
 def test_corrupt_page_table_is_refused():
     case = Case(RUNNER, Model(), [Request(4, 5)])
-    first = case.block_table[0, case.leases[0, 0]].long()
+    first = case.block_table[0, case.leases[0, 0, 0]].long()
     case.kv_cache[first].view(torch.uint8).view(-1)[:8] = 0x7F
     with pytest.raises(RuntimeError, match="page table of row 0"):
         decode_one(case)

@@ -8,6 +8,7 @@ import torch
 from cuda_host import process as host
 from decode_runners import Case, run_ragged
 
+from mdkv_vllm.core.reference import leases_of
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request, ragged
 
@@ -35,9 +36,9 @@ def weigh_pages(case, layer, weights):
     """Weights of the pages that a layer reads, 0 of all others: ``[blocks, pages per block]``."""
     model, layout = case.model, case.layout
     weighed = torch.zeros(case.kv_cache.shape[:2], dtype=torch.int32)
-    for row, (first, tail) in enumerate(case.leases.tolist()):
-        blocks = case.block_table[row]
-        if tail > first:
+    for row, blocks in enumerate(case.block_table):
+        tail = 0
+        for first, tail in leases_of(case.leases, row):
             table = case.kv_cache[blocks[first]].view(torch.uint8).flatten()
             table = table[: 4 * math.prod(layout.table_shape)].view(torch.int32)
             lists = table.view(layout.table_shape)[layer].tolist()
@@ -54,17 +55,21 @@ def weigh_pages(case, layer, weights):
     return weighed
 
 
+@pytest.mark.parametrize("leases", [1, 5])
 @pytest.mark.parametrize("programs", [3, 16, 40])
-def test_shares_weigh_the_same(runner, programs):
+def test_shares_weigh_the_same(runner, programs, leases):
     """To within a page."""
-    model = Model(("r12", "i2", "i4", "full"), dtype=torch.float16)
-    case = Case(runner, model, ragged(40))
+    model = Model(("r12", "i2", "i4", "full"), dtype=torch.float16, max_leases=leases)
+    case = Case(runner, model, ragged(model, 40))
+    count = len(case.totals)
     lengths = torch.tensor(case.totals, dtype=torch.int32)
-    rows = torch.arange(5, dtype=torch.int32)
+    rows = torch.arange(count, dtype=torch.int32)
     batch = DecodeBatch(case.block_table, rows, lengths, case.leases)
-    config = DecodeConfig(case.kv_cache, case.layout, model.group, case.calibrated, 1.0, 5)
-    output, lse = torch.empty(5, 6, 64), torch.empty(5, 6)
-    call = config, case.query(5, 6, 64), 1, batch, output, lse
+    config = DecodeConfig(
+        case.kv_cache, case.layout, model.group, case.calibrated, 1.0, count, leases
+    )
+    output, lse = torch.empty(count, 6, 64), torch.empty(count, 6)
+    call = config, case.query(count, 6, 64), 1, batch, output, lse
     owners, weights = runner.process.submit(host.shares, {"programs": programs}, *call).result()
     weighed, heaviest = weigh_pages(case, 1, weights), weights.max()
     assert torch.equal(owners >= 0, weighed > 0)

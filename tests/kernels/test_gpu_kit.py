@@ -48,6 +48,7 @@ HOLDINGS = [
     loads.Holding("int", 0.5),
     loads.Holding("int", 0.25),
     loads.Holding("rank", 0.25),
+    loads.Holding("mixed", 0.5, 160),
 ]
 
 
@@ -99,13 +100,15 @@ def test_bytes_are_those_of_the_pages_listed(holding):
     geometry, layout = made.layout.geometry, made.layout
     slot = 2 * geometry.head_size * geometry.dtype.itemsize
     listed = kept = 0
+    tables, room = [], 0
     for row in made.query_rows[1].tolist():
-        first, tail = made.leases[row].tolist()
+        tail = 0
+        for first, tail in specification.leases_of(made.leases, row):
+            pages = specification.lease_pages(made.kv_cache, made.block_table[row, first:tail])
+            tables.append(specification.read_page_table(pages, layout)[0])
+            room += layout.list_pages(tail - first) * geometry.page_bytes
         listed += (int(made.lengths[0]) - tail * geometry.block_size) * slot * layout.num_kv_heads
-        if not tail:
-            continue
-        pages = specification.lease_pages(made.kv_cache, made.block_table[row, first:tail])
-        table = specification.read_page_table(pages, layout)[0]
+    for table in tables:
         for lists in table.tolist():
             for fmt, (tokens, _) in zip(layout.formats.formats, lists, strict=True):
                 kept += fmt.pages(tokens) * geometry.page_bytes
@@ -120,7 +123,6 @@ def test_bytes_are_those_of_the_pages_listed(holding):
     assert made.kv_bytes == listed
     assert made.kv_bytes < made.moved_bytes
     if holding.kind != "full":
-        room = layout.list_pages(tail - first) * geometry.page_bytes * len(made.lengths)
         assert kept <= room
         if holding.kind != "rank":  # every token is held before the pages run out
             assert kept > 0.8 * room
@@ -143,7 +145,7 @@ def test_a_long_context_takes_its_budget(heads, holding):
 
 def test_poison_where_no_list_is():
     made = build(loads.Holding("mixed", 0.5))
-    first, tail = made.leases[0].tolist()
+    first, tail = made.leases[0, 0].tolist()
     pages = specification.lease_pages(made.kv_cache, made.block_table[0, first:tail])
     table = specification.read_page_table(pages, made.layout)[0]
     last_format = made.layout.formats.formats[-1]
@@ -154,19 +156,19 @@ def test_poison_where_no_list_is():
 @pytest.mark.parametrize("prompt_rank", [0, 24])
 def test_reference_is_the_specification(prompt_rank):
     names = ("r8", "r24", "i4", "full") if prompt_rank else check.EVERY_FORMAT
-    model = Model(names, prompt_basis_rank=prompt_rank)
-    case = leases.Case(model, [*ragged(model.layout().min_blocks + 2), Request(6, 1, fill=0.0)])
-    rows = torch.arange(6, dtype=torch.int32)
+    model = Model(names, prompt_basis_rank=prompt_rank, max_leases=1 if prompt_rank else 3)
+    case = leases.Case(model, [*ragged(model), Request(6, 1, fill=0.0)])
+    rows = torch.arange(len(case.totals), dtype=torch.int32)
     lengths = torch.tensor(case.totals, dtype=torch.int32)
     arguments = (case.kv_cache, 1, case.layout, case.block_table, rows, lengths, case.leases)
-    query = case.randn(6, 6, 64)
+    query = case.randn(len(rows), 6, 64)
     expected = specification.mixed_decode(query, *arguments, case.calibrated, 0.125)
     got = reference.mixed_decode(query, *arguments, case.calibrated, 0.125)
     torch.testing.assert_close(got, expected)
 
 
-SMALL = Model(check.EVERY_FORMAT, 64, 1, kv_heads=1, query_dtype=torch.bfloat16)
-MIX = [Request(6, 20), Request(0, 40), Request(8, 1, freed_blocks=0), Request(6, 3, fill=0.0)]
+SMALL = Model(check.EVERY_FORMAT, 64, 1, kv_heads=1, query_dtype=torch.bfloat16, max_leases=3)
+MIX = [Request(6, 20), Request(0, 40), Request((8, 6, 7), 1, 0), Request(6, 3, fill=0.0)]
 
 
 def test_check_passes(process):
@@ -219,6 +221,11 @@ def test_variants_cover_what_they_should():
     grouped = {(m.group, m.dtype) for m in every}
     assert {(group, dtype) for group in check.GROUPS for dtype in check.DTYPES} <= grouped
     assert len({check.name_of(m) for m in models}) == len(models)
+    assert {1, 2, 3, 4, 5, 9} <= {m.max_leases for m in models}
+    assert max(m.max_leases for m in models) > 32
+    for model in models:
+        most = max(len(request.leases) for request in check.requests(model))
+        assert most == model.max_leases
 
 
 def row(kernel, microseconds, holding="full", budget=1.0, kv_bytes=100_000_000, layers=1):
@@ -399,6 +406,21 @@ def test_layers_of_a_block_hold_the_same():
         assert got[0].isfinite().all()
 
 
+def test_segments_are_several_leases():
+    """Compared with one lease of the same budget; the kernels are told how many there may be."""
+    in_segments = loads.Holding("mixed", 0.5, 160)
+    made = build(in_segments)
+    assert in_segments.name == "segments 0.5"
+    assert [len(specification.leases_of(made.leases, row)) for row in range(4)] == [3] * 4
+    assert made.leases.shape[1] == in_segments.max_leases(LOAD.tokens) == 3
+    assert loads.SEGMENTS.max_leases(32768) == 32
+    rows = [*ROWS, row("Triton", 15.4, "segments 0.25", 0.25, 25_000_000)]
+    assert report.in_segments(rows) == [
+        "Triton, 8 x 4096, segments 0.25: 1.10 x the time of one lease (14.0 us)"
+    ]
+    assert report.in_segments(ROWS) == []
+
+
 def test_loads_are_named():
     assert loads.parse_loads(["16x32768"]) == (loads.Load(loads.LLAMA, 16, 32768),)
     for name in ("16", "x5", "0x5", "16x", "-1x4"):
@@ -409,9 +431,10 @@ def test_loads_are_named():
 ONE_FORMAT = Model(("i8",), 64, 1, kv_heads=1, query_dtype=torch.bfloat16)
 
 
+@pytest.mark.parametrize("max_leases", [1, 2])
 @pytest.mark.parametrize("name", ["i8", "tail"])
-def test_the_first_wrong_token_is_located(process, name):
-    model = replace(ONE_FORMAT, block_size=8)
+def test_the_first_wrong_token_is_located(process, name, max_leases):
+    model = replace(ONE_FORMAT, block_size=8, max_leases=max_leases)
     right = process.submit(gpu_kit.locate_fault, model, name, 5).result()
     assert right.tokens == 0
     assert "alone: right with 1 to " in right.text
@@ -461,7 +484,7 @@ def test_compression_cases_are_various():
     assert {c.dtype for c in cases} == {torch.bfloat16, torch.float16}
     assert {True, False} == {c.by_head for c in cases} == {c.formats.drop for c in cases}
     assert len({c.name for c in cases}) == len(cases)
-    assert all(c.plan.num_lease_blocks for c in cases)
+    assert all(c.segment.num_lease_blocks for c in cases)
 
 
 def test_compression_is_timed(process):

@@ -21,9 +21,9 @@ from mdkv_vllm.core.formats import PageGeometry, parse_formats
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.plan import LeaseTerms, plan_lease
 from mdkv_vllm.core.prompt import PagedTokens
 from mdkv_vllm.kernels.triton.compress import TritonKernels
+from mdkv_vllm.testing.plans import whole_prompt
 
 DEVICE = torch.device("meta")
 LAYERS, HEADS, GROUP, TOKENS, WINDOW, SIZE = 3, 2, 2, 400, 8, 64
@@ -75,7 +75,7 @@ def compress(names, kernels, by_head=False, mode=None, layers=LAYERS):
     formats = parse_formats(names, geometry)
     layout = LeaseLayout(geometry, formats, layers, HEADS, 0)
     floor = None if formats.drop else formats.formats[0].tokens_per_page
-    plan = plan_lease(TOKENS, LeaseTerms(16, WINDOW, 64, 0.5, layout.min_blocks, floor))
+    segment = whole_prompt(TOKENS, 16, WINDOW, 0.5, layout.min_blocks, floor)
     basis = Basis(*torch.rand(2, layers, HEADS, SIZE, 16)) if formats.uses_basis else None
     budgets = HeadBudgets(torch.rand(layers, HEADS), 0.67) if by_head else None
     compressor = Compressor(layout, LOSSES["hybrid"], 0.125, basis, budgets, kernels)
@@ -83,10 +83,10 @@ def compress(names, kernels, by_head=False, mode=None, layers=LAYERS):
     tokens = PagedTokens(kv_cache, torch.empty(40, device=DEVICE).int(), TOKENS, HEADS)
     queries = torch.empty(layers, HEADS * GROUP, WINDOW, SIZE, device=DEVICE)
     with mock.patch.object(JITFunction, "run", return_value=None) as run:
-        compressor.compress(tokens, queries, plan)
+        compressor.compress(tokens, queries, segment)
         run.reset_mock()
         with mode or OneDevice(), mock.patch("torch.tensor", _host_only(torch.tensor)):
-            found = compressor.compress(tokens, queries, plan, True)
+            found = compressor.compress(tokens, queries, segment, True)
     return found, run.call_count
 
 

@@ -66,7 +66,7 @@ def test_the_faster_is_taken(monkeypatch):
 def test_autotune_s_leases_are_whole(names, basis):
     """Every list's pages lie in the lease, one after the other; what is read is finite."""
     made = autotune.Workload(layout(names, basis), 3, torch.device("cpu"), 4 << 20)
-    first, held = made.batch.leases[5].tolist()
+    first, held = made.batch.leases[5, 0].tolist()
     assert first == 0
     pages = made.kv_cache[made.batch.block_table[5, :held].long()].view(torch.uint8).flatten(0, 1)
     table = read_page_table(pages.flatten(1), made.layout)

@@ -99,8 +99,9 @@ def test_the_kernel_that_will_run_is_asked(monkeypatch, registers, programs):
 
 @pytest.mark.parametrize("capability", GPUS)
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
-def test_enough_bytes_in_flight(capability, head_size):
-    shape = shape_of(DEFAULT, head_size)
+@pytest.mark.parametrize("max_leases", [1, 32])
+def test_enough_bytes_in_flight(capability, head_size, max_leases):
+    shape = shape_of(DEFAULT, head_size, max_leases=max_leases)
     compiled = compile_kernel("attend", shape, capability)
     resident = GPUS[capability].programs(compiled.registers, compiled.shared, shape.num_warps)
     assert resident * STAGES * shape.page_bytes >= IN_FLIGHT[capability]

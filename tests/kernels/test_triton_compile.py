@@ -31,11 +31,13 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def shape_of(names=EVERY_FORMAT, head_size=128, dtype=torch.bfloat16, group=4, prompt_rank=0):
+def shape_of(
+    names=EVERY_FORMAT, head_size=128, dtype=torch.bfloat16, group=4, prompt_rank=0, max_leases=1
+):
     geometry = PageGeometry(16, head_size, dtype)
     formats = parse_formats(names, geometry)
     layout = LeaseLayout(geometry, formats, 32, 8, prompt_rank)
-    return DecodeShape(layout, group, formats.basis_rank)
+    return DecodeShape(layout, group, formats.basis_rank, max_leases)
 
 
 def check(name, shape, capability):
@@ -59,6 +61,13 @@ def test_every_format(capability, dtype):
 )
 def test_head_sizes(capability, head_size, names):
     check("attend", shape_of(names, head_size), capability)
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_many_leases(capability, head_size):
+    check("prepare", shape_of(DEFAULT, head_size, max_leases=128), capability)
+    check("attend", shape_of(DEFAULT, head_size, max_leases=128), capability)
 
 
 @pytest.mark.parametrize("name", KERNELS)

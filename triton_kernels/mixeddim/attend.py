@@ -1,8 +1,9 @@
 """The split kernel: every program attends over its share of one unit's pages.
 
 A unit is a query and a KV head. Its pages are counted through its lists, in the page table's
-order, and then through its tail; since all pages have equal bytes, equal shares of pages are
-equal shares of bytes. What a program makes of one list is a *part* of the result:
+order and of each list lease by lease, and then through its tail; since all pages have equal bytes,
+equal shares of pages are equal shares of bytes. What a program makes of one list is a *part* of
+the result:
 
     pages    | i4 i4 i4 i4 i4 | i8 i8 | full | tail tail tail |
     programs | 0        | 1        | 2          | 3           |
@@ -21,8 +22,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addresses import find_request
-from .pages import attend_codes, attend_elements, attend_slots
+from .addresses import (
+    FIRST_LIST,
+    ROW,
+    TAIL_BLOCK,
+    TAIL_TOKENS,
+    extents_of,
+    find_extents,
+    load_extent,
+    record_of,
+)
+from .pages import attend_codes, attend_elements, attend_slots, empty_state
 
 
 @triton.jit
@@ -47,7 +57,7 @@ def load_query(plain, head_stride, rotated, PART: tl.constexpr, SHAPE: tl.conste
 
 @triton.jit
 def store_part(out, lse, maximum, weights, values, PART: tl.constexpr, SHAPE: tl.constexpr):
-    """Write one part, normalised.
+    """Write one part, normalised: a state after the last page.
 
     Args:
         out: pointer to float32 ``[group, head_size]``.
@@ -60,6 +70,7 @@ def store_part(out, lse, maximum, weights, values, PART: tl.constexpr, SHAPE: tl
     in_row = column % LIST.padded_value_row
     dim = column // LIST.padded_value_row * LIST.value_row + in_row
     mask = (head < SHAPE.group)[:, None] & (in_row < LIST.value_row)[None, :]
+    weights = tl.sum(weights, axis=1)
     tl.store(
         out + head[:, None] * SHAPE.head_size + dim[None, :], values / weights[:, None], mask=mask
     )
@@ -74,6 +85,61 @@ def store_no_part(lse, SHAPE: tl.constexpr):
     tl.store(lse + head * SHAPE.num_parts, nothing, mask=head < SHAPE.group)
 
 
+@triton.jit
+def attend_pages(
+    query, cache, blocks, first_block, first_page, first, last, num_tokens, scale,
+    maximum, weights, values,
+    PART: tl.constexpr, SHAPE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend over pages of a list in one lease, whatever its format; see :func:`attend_codes`."""
+    if SHAPE.parts[PART].in_slots:
+        maximum, weights, values = attend_slots(
+            query, cache, blocks, first_block, first_page, first, last, num_tokens, scale,
+            maximum, weights, values, PART, SHAPE, STAGES,
+        )  # fmt: skip
+    elif SHAPE.parts[PART].quantized:
+        maximum, weights, values = attend_codes(
+            query, cache, blocks, first_block, first_page, first, last, num_tokens, scale,
+            maximum, weights, values, PART, SHAPE, STAGES,
+        )  # fmt: skip
+    else:
+        maximum, weights, values = attend_elements(
+            query, cache, blocks, first_block, first_page, first, last, num_tokens, scale,
+            maximum, weights, values, PART, SHAPE, STAGES,
+        )  # fmt: skip
+    return maximum, weights, values
+
+
+@triton.jit
+def attend_list(
+    query, cache, blocks, extents, first, last, scale,
+    PART: tl.constexpr, SHAPE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend over pages ``first .. last - 1`` of a list, lease by lease.
+
+    Args:
+        extents: pointer to the list's extents.
+    """
+    maximum, weights, values = empty_state(PART, SHAPE)
+    if SHAPE.max_leases == 1:
+        _, until, origin, first_block = load_extent(extents, 0, SHAPE)
+        maximum, weights, values = attend_pages(
+            query, cache, blocks, first_block, origin, first, last, until, scale,
+            maximum, weights, values, PART, SHAPE, STAGES,
+        )  # fmt: skip
+    else:
+        begin, stop = find_extents(extents, first, last, SHAPE)
+        for lease in tl.range(begin, stop, num_stages=1):
+            end, until, origin, first_block = load_extent(extents, lease, SHAPE)
+            end = tl.minimum(end, last)
+            maximum, weights, values = attend_pages(
+                query, cache, blocks, first_block, origin, first, end, until, scale,
+                maximum, weights, values, PART, SHAPE, STAGES,
+            )  # fmt: skip
+            first = end
+    return maximum, weights, values
+
+
 @triton.jit(do_not_specialize=["layer", "table_stride", "min_pages"])
 def attend_split(
     query,
@@ -83,9 +149,8 @@ def attend_split(
     cache,
     block_table,
     table_stride,
-    query_rows,
-    lengths,
-    leases,
+    records,
+    extents,
     layer,
     scale,
     min_pages,
@@ -98,12 +163,11 @@ def attend_split(
 
     Args:
         query: ``[queries, q_heads, head_size]``, strides of the first two in elements.
-        rotated: float32 ``[queries, q_heads, rotated_width]``, from ``rotate_queries``.
+        rotated: float32 ``[queries, q_heads, rotated_width]``, from ``prepare_units``.
         cache: uint8 of the whole cache, 16-byte aligned.
         block_table: int32 ``[rows, blocks]``, stride of the first in elements.
-        query_rows: int32 ``[queries]``.
-        lengths: int32 ``[queries]``.
-        leases: int32 ``[rows, 2]``.
+        records: from ``prepare_units``.
+        extents: same.
         layer: layer of the model.
         scale: factor of the scores, times log2(e).
         min_pages: pages that a program takes at least; later programs then have none.
@@ -117,23 +181,15 @@ def attend_split(
     splits = tl.num_programs(0)
     head = tl.program_id(1)
     index = tl.program_id(2).to(tl.int64)
-    row, length, first_block, tail_block = find_request(query_rows, lengths, leases, index)
-    leased = tail_block > 0
-    blocks = block_table + row * table_stride
     unit = index * tl.num_programs(1) + head
-    head_of_model = layer * SHAPE.num_kv_heads + head
-
-    # A page table never spans blocks, and a block's pages are contiguous.
-    lease = tl.load(blocks + first_block, mask=leased, other=0).to(tl.int64)
-    table = (cache + lease * (SHAPE.pages_per_block * SHAPE.page_bytes)).to(
-        tl.pointer_type(tl.int32)
-    ) + head_of_model * (2 * LISTS)
-    tail_tokens = tl.maximum(length - tail_block * SHAPE.block_size, 0)
+    record = record_of(records, unit, SHAPE)
+    blocks = block_table + tl.load(record + ROW).to(tl.int64) * table_stride
+    tail_block = tl.load(record + TAIL_BLOCK)
+    tail_tokens = tl.load(record + TAIL_TOKENS)
     tail_pages = tl.cdiv(tail_tokens, SHAPE.block_size)
     total = tail_pages
     for f in tl.static_range(LISTS):
-        tokens = tl.load(table + 2 * f, mask=leased, other=0)
-        total += tl.cdiv(tokens, SHAPE.parts[f].tokens_per_page)
+        total += tl.load(record + FIRST_LIST + f)
     share = tl.maximum(tl.cdiv(total, splits), min_pages)
     begin = split * share
     end = begin + share
@@ -144,59 +200,16 @@ def attend_split(
     turned = rotated + unit * (SHAPE.group * SHAPE.rotated_width)
     before = 0  # pages of the lists so far
     for f in tl.static_range(LISTS):
-        tokens = tl.load(table + 2 * f, mask=leased, other=0)
-        first_page = tl.load(table + 2 * f + 1, mask=leased, other=0)
-        pages = tl.cdiv(tokens, SHAPE.parts[f].tokens_per_page)
+        pages = tl.load(record + FIRST_LIST + f)
         first = tl.maximum(begin - before, 0)
         last = tl.minimum(end - before, pages)
         before += pages
         if first < last:
             rows = load_query(plain, head_stride, turned, f, SHAPE)
-            if SHAPE.parts[f].in_slots:
-                maximum, weights, values = attend_slots(
-                    rows,
-                    cache,
-                    blocks,
-                    first_block,
-                    first_page,
-                    first,
-                    last,
-                    tokens,
-                    scale,
-                    f,
-                    SHAPE,
-                    STAGES,
-                )
-            elif SHAPE.parts[f].quantized:
-                maximum, weights, values = attend_codes(
-                    rows,
-                    cache,
-                    blocks,
-                    first_block,
-                    first_page,
-                    first,
-                    last,
-                    tokens,
-                    scale,
-                    f,
-                    SHAPE,
-                    STAGES,
-                )
-            else:
-                maximum, weights, values = attend_elements(
-                    rows,
-                    cache,
-                    blocks,
-                    first_block,
-                    first_page,
-                    first,
-                    last,
-                    tokens,
-                    scale,
-                    f,
-                    SHAPE,
-                    STAGES,
-                )
+            of_list = extents_of(extents, unit, f, SHAPE)
+            maximum, weights, values = attend_list(
+                rows, cache, blocks, of_list, first, last, scale, f, SHAPE, STAGES
+            )
             to = out + f * SHAPE.part_floats
             store_part(to, lse + f, maximum, weights, values, f, SHAPE)
         else:
@@ -205,16 +218,20 @@ def attend_split(
     first = tl.maximum(begin - before, 0)
     last = tl.minimum(end - before, tail_pages)
     if first < last:
+        maximum, weights, values = empty_state(LISTS, SHAPE)
         maximum, weights, values = attend_slots(
             load_query(plain, head_stride, turned, LISTS, SHAPE),
             cache,
             blocks,
             tail_block,
-            head_of_model,
+            layer * SHAPE.num_kv_heads + head,
             first,
             last,
             tail_tokens,
             scale,
+            maximum,
+            weights,
+            values,
             LISTS,
             SHAPE,
             STAGES,

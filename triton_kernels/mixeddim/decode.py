@@ -3,9 +3,9 @@
 Three launches with grids that depend on shapes alone, and no synchronisation, so that a CUDA
 graph can hold them (run every batch size once before, to compile):
 
-1. ``rotate_queries`` brings every query into the formats' spaces, once, and keeps it as it is for
-   callers that ask for it.
-2. ``attend_split`` shares every unit's pages (a query's, in one KV head) among programs.
+1. ``prepare_units`` brings every query into the formats' spaces, once, keeps it as it is for
+   callers that ask for it, and writes down what every unit (a query, in one KV head) holds.
+2. ``attend_split`` shares every unit's pages among programs.
 3. ``merge_parts`` merges the programs' parts and rotates back, once per space.
 
 Bytes of a layer's step: every page of the lists and the tail once, block ids and page table
@@ -22,9 +22,10 @@ import torch
 from mdkv_vllm.kernels.gpu_decode import GpuDecode, basis_in_use
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 
+from .addresses import EXTENT_WORDS, FIRST_LIST
 from .attend import attend_split
 from .merge import merge_parts
-from .rotate import rotate_queries
+from .prepare import prepare_units
 from .shapes import DecodeShape
 from .splits import STAGES, SplitPlan, resident_programs
 
@@ -53,13 +54,14 @@ class TritonDecode(GpuDecode):
         device = config.kv_cache.device
         basis, rank = basis_in_use(config)
         self._basis_keys, self._basis_values = basis.rows(device)
-        self._shape = DecodeShape(config.layout, config.group, rank)
+        self._shape = DecodeShape(config.layout, config.group, rank, config.max_leases)
         programs = programs or resident_programs(self._shape, device)
         self._workspace = _Workspace.allocate(self._shape, config.max_queries, device, programs)
 
     def scratch(self) -> tuple[torch.Tensor, ...]:
         """See :class:`mdkv_vllm.kernels.interface.DecodeKernel`."""
-        return self._workspace.rotated, self._workspace.part_out, self._workspace.part_lse
+        space = self._workspace
+        return space.rotated, space.records, space.extents, space.part_out, space.part_lse
 
     def _launch(
         self,
@@ -74,32 +76,35 @@ class TritonDecode(GpuDecode):
         queries, heads = query.shape[0], shape.num_kv_heads
         plan = SplitPlan.of(queries, heads, space.programs)
         pages = config.kv_cache.view(torch.uint8)
-        requests = (
-            batch.block_table, batch.block_table.stride(0),
-            batch.query_rows, batch.lengths, batch.leases,
-        )  # fmt: skip
-        if shape.uses_basis or shape.uses_hadamard or recent is not None:
-            rotate_queries[(queries, heads * shape.group)](
-                query,
-                query.stride(0),
-                query.stride(1),
-                pages,
-                *requests,
-                layer,
-                self._basis_keys[layer],
-                space.rotated,
-                query if recent is None else recent,
-                SHAPE=shape,
-                KEEP=recent is not None,
-                num_warps=1,
-            )
+        table = batch.block_table, batch.block_table.stride(0)
+        prepare_units[(queries, heads * (shape.group + 1))](
+            query,
+            query.stride(0),
+            query.stride(1),
+            pages,
+            *table,
+            batch.query_rows,
+            batch.lengths,
+            batch.leases,
+            layer,
+            self._basis_keys[layer],
+            space.rotated,
+            query if recent is None else recent,
+            space.records,
+            space.extents,
+            SHAPE=shape,
+            KEEP=recent is not None,
+            num_warps=1,
+        )
         attend_split[(plan.splits, heads, queries)](
             query,
             query.stride(0),
             query.stride(1),
             space.rotated,
             pages,
-            *requests,
+            *table,
+            space.records,
+            space.extents,
             layer,
             config.scale * LOG2_E,
             plan.min_pages,
@@ -113,7 +118,8 @@ class TritonDecode(GpuDecode):
             space.part_out,
             space.part_lse,
             pages,
-            *requests,
+            *table,
+            space.records,
             layer,
             self._basis_values[layer],
             output,
@@ -134,12 +140,16 @@ class _Workspace:
 
     Attributes:
         rotated: float32, queries in the formats' spaces.
+        records: int32, what units hold; see ``addresses.py``.
+        extents: int32, where it is in each lease; same.
         part_out: float32, parts of outputs.
         part_lse: float32, base-2 logarithms of the parts' sums of weights.
         programs: as in :meth:`.SplitPlan.of`.
     """
 
     rotated: torch.Tensor
+    records: torch.Tensor
+    extents: torch.Tensor
     part_out: torch.Tensor
     part_lse: torch.Tensor
     programs: int
@@ -160,8 +170,14 @@ class _Workspace:
         def floats(count: int) -> torch.Tensor:
             return torch.empty(count, dtype=torch.float32, device=device)
 
+        def words(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.int32, device=device)
+
+        most = max_queries * heads
         return cls(
-            floats(max_queries * heads * shape.group * shape.rotated_width),
+            floats(most * shape.group * shape.rotated_width),
+            words(most * (FIRST_LIST.value + shape.num_lists)),
+            words(most * shape.num_lists * EXTENT_WORDS.value * shape.max_leases),
             floats(slots * shape.part_floats),
             floats(parts * shape.group * shape.num_parts),
             programs,

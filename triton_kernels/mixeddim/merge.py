@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addresses import find_request
+from .addresses import FIRST_BLOCK, ROW, TAIL_BLOCK, record_of
 from .rotate import hadamard, load_basis
 
 
@@ -64,9 +64,7 @@ def merge_parts(
     cache,
     block_table,
     table_stride,
-    query_rows,
-    lengths,
-    leases,
+    records,
     layer,
     basis_values,
     output,
@@ -81,6 +79,7 @@ def merge_parts(
     """Merge the parts of ``attend_split``. Grid: query heads, queries.
 
     Args:
+        records: from ``prepare_units``.
         output: written, ``[queries, q_heads, head_size]``; zeros where a query sees nothing.
         lse: written if ``HAS_LSE``, float32 ``[queries, q_heads]``, natural logarithm.
     """
@@ -137,13 +136,14 @@ def merge_parts(
     if SHAPE.uses_hadamard:
         plain += hadamard(turned, SHAPE)
     if SHAPE.uses_basis:
-        row, _, first_block, tail_block = find_request(query_rows, lengths, leases, index)
+        record = record_of(records, unit, SHAPE)
+        row = tl.load(record + ROW).to(tl.int64)
         basis = load_basis(
             basis_values,
             cache,
             block_table + row * table_stride,
-            first_block,
-            tail_block,
+            tl.load(record + FIRST_BLOCK),
+            tl.load(record + TAIL_BLOCK),
             layer,
             head,
             1,

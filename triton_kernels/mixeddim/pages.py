@@ -1,8 +1,8 @@
 """Attention over the pages of one list, for each of the three ways in which tokens lie in them.
 
-All three take a list's pages ``first .. last`` and return the state of one online softmax:
-the rows' maximum ``[rows]``, sums of weights ``[rows]``, and weighted values ``[rows, ...]``,
-where rows are the query heads of the group, padded for the matrix units.
+All three take pages ``first .. last`` of a list, which lie in one lease, and take the state of one
+online softmax further: the rows' maximum ``[rows]``, weights ``[rows, columns]``, and weighted
+values ``[rows, ...]``, where rows are the query heads of the group, padded for the matrix units.
 """
 
 # mypy: ignore-errors
@@ -18,6 +18,19 @@ from .codes import load_byte_rows, unpack, unpack_field
 from .softmax import LOWEST, absorb, dot, raise_maximum
 
 LEAST_EXPONENT = tl.constexpr(-40)
+
+
+@triton.jit
+def empty_state(PART: tl.constexpr, SHAPE: tl.constexpr):
+    """The state before the first page of a list."""
+    LIST: tl.constexpr = SHAPE.parts[PART]
+    HEADS: tl.constexpr = SHAPE.padded_group
+    COLUMNS: tl.constexpr = LIST.columns
+    VALUES: tl.constexpr = LIST.padded_value_row * LIST.fields
+    maximum = tl.full([HEADS], LOWEST, tl.float32)
+    weights = tl.zeros([HEADS, COLUMNS], tl.float32)
+    values = tl.zeros([HEADS, VALUES], tl.float32)
+    return maximum, weights, values
 
 
 @triton.jit
@@ -41,6 +54,9 @@ def attend_codes(
     last,
     num_tokens,
     scale,
+    maximum,
+    weights,
+    values,
     PART: tl.constexpr,
     SHAPE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -55,11 +71,14 @@ def attend_codes(
     Args:
         query: ``[rows, padded_rank]`` of the list's ``dot_type``, in the format's space.
         first_block: where the lease starts in ``blocks``.
-        first_page: page of the lease at which the list starts.
+        first_page: page of the lease at which the list starts, or would.
         first: first page of the list to read.
         last: one past the last.
-        num_tokens: tokens in the list.
+        num_tokens: tokens in the list up to those of the lease, see ``addresses.py``.
         scale: factor of the scores, which are base-2 logarithms.
+        maximum: the state so far.
+        weights: same.
+        values: same.
         PART: index of the list in ``SHAPE.parts``.
 
     Returns:
@@ -76,9 +95,6 @@ def attend_codes(
     column = tl.arange(0, BYTES)
     value_byte = tl.arange(0, VALUE_BYTES)[None, :]
     zero_score = tl.sum(query.to(tl.float32), axis=1)[:, None] * LIST.bias
-    maximum = tl.full([HEADS], LOWEST, tl.float32)
-    weights = tl.zeros([HEADS, BYTES], tl.float32)
-    values = tl.zeros([HEADS, VALUE_BYTES * FIELDS], tl.float32)
     for tile in tl.range(first * LIST.chunks, last * LIST.chunks, num_stages=STAGES):
         number = tile // LIST.chunks
         start = tile % LIST.chunks * BYTES
@@ -125,7 +141,7 @@ def attend_codes(
             centred = codes - tl.full([], LIST.bias, TYPE)
             values = dot((weight * fraction[None, :]).to(TYPE), centred, values)
         maximum = raised
-    return maximum, tl.sum(weights, axis=1), values
+    return maximum, weights, values
 
 
 @triton.jit
@@ -139,21 +155,20 @@ def attend_elements(
     last,
     num_tokens,
     scale,
+    maximum,
+    weights,
+    values,
     PART: tl.constexpr,
     SHAPE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Attention over pages of a lower rank in the cache's type; see :func:`attend_codes`."""
     LIST: tl.constexpr = SHAPE.parts[PART]
-    HEADS: tl.constexpr = SHAPE.padded_group
     CAPACITY: tl.constexpr = LIST.tokens_per_page
     COLUMNS: tl.constexpr = LIST.columns
     RANK: tl.constexpr = LIST.padded_rank
     column = tl.arange(0, COLUMNS)
     dim = tl.arange(0, RANK)
-    maximum = tl.full([HEADS], LOWEST, tl.float32)
-    weights = tl.zeros([HEADS, COLUMNS], tl.float32)
-    values = tl.zeros([HEADS, RANK], tl.float32)
     for tile in tl.range(first * LIST.chunks, last * LIST.chunks, num_stages=STAGES):
         number = tile // LIST.chunks
         in_page = tile % LIST.chunks * COLUMNS + column
@@ -172,7 +187,7 @@ def attend_elements(
         )
         scores = dot(query, keys, None) * scale
         maximum, weights, values = absorb(maximum, weights, values, scores, exists, rows)
-    return maximum, tl.sum(weights, axis=1), values
+    return maximum, weights, values
 
 
 @triton.jit
@@ -186,6 +201,9 @@ def attend_slots(
     last,
     num_tokens,
     scale,
+    maximum,
+    weights,
+    values,
     PART: tl.constexpr,
     SHAPE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -197,14 +215,10 @@ def attend_slots(
         first_page: the list's first page in the lease; or the tail's page in each of its blocks.
     """
     LIST: tl.constexpr = SHAPE.parts[PART]
-    HEADS: tl.constexpr = SHAPE.padded_group
     BLOCK_SIZE: tl.constexpr = SHAPE.block_size
     TOKENS: tl.constexpr = LIST.columns
     RANK: tl.constexpr = LIST.padded_rank
     dim = tl.arange(0, RANK)
-    maximum = tl.full([HEADS], LOWEST, tl.float32)
-    weights = tl.zeros([HEADS, TOKENS], tl.float32)
-    values = tl.zeros([HEADS, RANK], tl.float32)
     end = tl.minimum(num_tokens, last * BLOCK_SIZE)
     for start in tl.range(first * BLOCK_SIZE, end, TOKENS, num_stages=STAGES):
         token = start + tl.arange(0, TOKENS)
@@ -221,4 +235,4 @@ def attend_slots(
         rows = tl.load(slots[:, None] + LIST.rank + dim[None, :], mask=mask, other=0)
         scores = dot(query, tl.trans(keys), None) * scale
         maximum, weights, values = absorb(maximum, weights, values, scores, exists, rows)
-    return maximum, tl.sum(weights, axis=1), values
+    return maximum, weights, values

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .addresses import find_request, lease_page
+from .addresses import lease_page
 
 
 @triton.jit
@@ -90,7 +90,8 @@ def load_basis(
     """One head's basis, see :func:`basis_rows`.
 
     Args:
-        tail_block: where the lease ends; 0 for none, and then a prompt's basis is zero.
+        first_block: where the only lease starts in ``blocks``; read for a prompt's basis alone.
+        tail_block: where leases end; 0 for none, and then a prompt's basis is zero.
 
     Returns:
         float32 ``[padded_basis, padded_head]``, zero outside.
@@ -105,62 +106,3 @@ def load_basis(
     return basis_rows(
         calibrated, cache, blocks, first_block, layer, head, direction, held, dim, SIDE, SHAPE
     )
-
-
-@triton.jit(do_not_specialize=["layer", "table_stride"])
-def rotate_queries(
-    query,
-    query_stride,
-    head_stride,
-    cache,
-    block_table,
-    table_stride,
-    query_rows,
-    lengths,
-    leases,
-    layer,
-    basis_keys,
-    rotated,
-    recent,
-    SHAPE: tl.constexpr,
-    KEEP: tl.constexpr,
-):
-    """Bring every query into the formats' spaces. Grid: queries, query heads.
-
-    Args:
-        rotated: written, float32 ``[queries, q_heads, rotated_width]``.
-        recent: written where ``KEEP``, ``[queries, q_heads, head_size]`` in the queries' type: the
-            queries as they are.
-    """
-    index = tl.program_id(0).to(tl.int64)
-    query_head = tl.program_id(1)
-    dim = tl.arange(0, SHAPE.padded_head)
-    loaded = tl.load(
-        query + index * query_stride + query_head * head_stride + dim,
-        mask=dim < SHAPE.head_size,
-        other=0,
-    )
-    number = index * tl.num_programs(1) + query_head
-    if KEEP:
-        tl.store(recent + number * SHAPE.head_size + dim, loaded, mask=dim < SHAPE.head_size)
-    vector = loaded.to(tl.float32)
-    to = rotated + number * SHAPE.rotated_width
-    if SHAPE.uses_basis:
-        row, _, first_block, tail_block = find_request(query_rows, lengths, leases, index)
-        basis = load_basis(
-            basis_keys,
-            cache,
-            block_table + row * table_stride,
-            first_block,
-            tail_block,
-            layer,
-            query_head // SHAPE.group,
-            0,
-            SHAPE,
-        )
-        direction = tl.arange(0, SHAPE.padded_basis)
-        low = tl.sum(basis * vector[None, :], axis=1)
-        tl.store(to + direction, low, mask=direction < SHAPE.basis_rank)
-    if SHAPE.uses_hadamard:
-        rotated_vector = hadamard(vector, SHAPE)
-        tl.store(to + SHAPE.basis_rank + dim, rotated_vector, mask=dim < SHAPE.head_size)

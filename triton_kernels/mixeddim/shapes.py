@@ -170,11 +170,13 @@ class DecodeShape(KernelConstant):
         layout: what leases look like.
         group: query heads per KV head.
         basis_rank: directions of the basis, the prompt's own or calibrated; 0 for none.
+        max_leases: leases of a request at most.
     """
 
     layout: LeaseLayout
     group: int
     basis_rank: int
+    max_leases: int = 1
 
     @cached_property
     def element(self) -> tl.dtype:

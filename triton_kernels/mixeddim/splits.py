@@ -90,7 +90,7 @@ def programs_per_multiprocessor(shape: DecodeShape, multiprocessor: Multiprocess
     """Programs of ``attend_split`` that are resident at once on the current device; compiles it."""
     element, float32 = shape.layout.geometry.dtype, torch.float32
     head, size = shape.head_size, shape.num_kv_heads * shape.group * shape.head_size
-    table = (torch.int32, 1, torch.int32, torch.int32, torch.int32)
+    table = (torch.int32, 1, torch.int32, torch.int32)
     # As Triton's tutorials read a kernel's registers.
     kernel: Any = attend_split.warmup(
         element, size, head, float32, torch.uint8, *table, 0, 1.0, MIN_PAGES, float32, float32,

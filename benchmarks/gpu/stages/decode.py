@@ -15,12 +15,14 @@ from ..loads import (
     FULL,
     HOLDINGS,
     MANY_LAYERS,
+    SEGMENTS,
+    SEGMENTS_FROM,
     Heads,
     Holding,
     Load,
 )
 from ..measure import compile_kernels, time_full_caches, time_ours
-from ..report import OURS, Timed, aims, comparison, table, translation
+from ..report import OURS, Timed, aims, comparison, in_segments, table, translation
 from . import Options, Stage, of_kind
 from .build import build_job
 
@@ -31,7 +33,9 @@ COMPILING = 100
 
 def jobs(options: Options) -> list[Job]:
     """Compile everything first, side by side; then time, one job at a time."""
+    segments, long = SEGMENTS, SEGMENTS_FROM
     if options.rehearse:
+        segments, long = Holding("mixed", 0.5, 64), 0
         tiny = Load(Heads("tiny", 1, 1, 64), 2, 150)
         loads, holdings = (tiny,), (FULL, Holding("mixed", 0.5))
         many: tuple[tuple[Load, Holding], ...] = ((replace(tiny, layers=3), FULL),)
@@ -41,9 +45,11 @@ def jobs(options: Options) -> list[Job]:
         loads = options.loads or DECISIVE
         holdings, many = DECISIVE_HOLDINGS, () if options.loads else MANY_LAYERS
     baselines = tuple(BASELINES) if options.everything else (*VLLM_KERNELS, "torch cuDNN")
-    compiling = _compile_jobs(loads, holdings, many, options)
+    held = {load: (*holdings, *[segments] * (load.tokens >= long)) for load in loads}
+    pairs = [(load, holding) for load, some in held.items() for holding in some]
+    compiling = _compile_jobs([*pairs, *many], options)
     ready = tuple(job.name for job in compiling)
-    timing = [job for load in loads for job in _timing_jobs(load, holdings, baselines, options)]
+    timing = [job for load in loads for job in _timing_jobs(load, held[load], baselines, options)]
     for load, holding in many:
         for layers in (load.layers, 1):
             one = replace(load, layers=layers)
@@ -51,15 +57,14 @@ def jobs(options: Options) -> list[Job]:
     return [*compiling, *(replace(job, after=ready, alone=True) for job in timing)]
 
 
-def _compile_jobs(
-    loads: Sequence[Load],
-    holdings: Sequence[Holding],
-    many: Sequence[tuple[Load, Holding]],
-    options: Options,
-) -> list[Job]:
-    pairs = [(load, holding) for load in loads for holding in holdings] + list(many)
-    kinds = {(load.heads, load.layers, holding.formats(load.heads.head_size)): (load, holding)
-             for load, holding in pairs}  # fmt: skip
+def _compile_jobs(pairs: Sequence[tuple[Load, Holding]], options: Options) -> list[Job]:
+    kinds = {
+        (
+            load.heads, load.layers, holding.formats(load.heads.head_size),
+            holding.max_leases(load.tokens),
+        ): (load, holding)
+        for load, holding in pairs
+    }  # fmt: skip
     batches = sorted({load.batch for load, _ in pairs} | set(BATCHES if options.everything else ()))
     return [
         build_job(max(1, options.workers // 2)),
@@ -98,11 +103,11 @@ def report(rows: Sequence[Row], _: Sequence[Ended]) -> list[str]:
     for kernel in OURS:
         if any(row.kernel == kernel for row in timed):
             lines += ["", f"{kernel}: time over the best full cache's, share of the copy's rate"]
-            lines += table(timed, ("full", "mixed"), kernel).splitlines()
+            lines += table(timed, ("full", "mixed", "segments"), kernel).splitlines()
             if any(row.holding.split()[0] in ("int", "rank") for row in timed):
                 lines += ["", *table(timed, ("int", "rank"), kernel).splitlines()]
     rates = [row.copy_rate for row in timed]
-    lines += ["", *translation(timed)]
+    lines += ["", *translation(timed), *in_segments(timed)]
     if rates:
         lines.append(
             f"copy: {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} GB/s, read plus written"

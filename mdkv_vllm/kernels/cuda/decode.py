@@ -42,7 +42,8 @@ class CudaDecode(GpuDecode):
         device = config.kv_cache.device
         basis, rank = basis_in_use(config)
         self._basis_keys, self._basis_values = basis.rows(device)
-        self._shape, self._plan = shape_of(config.layout, config.group, rank), Plan()
+        self._shape = shape_of(config.layout, config.group, rank, config.max_leases)
+        self._plan = Plan()
         size = ctypes.c_size_t()
         with _on(device):
             check(
@@ -159,7 +160,7 @@ def _check_tensors(
         "block_table": (batch.block_table, 2),
         "query_rows": (batch.query_rows, 1),
         "lengths": (batch.lengths, 1),
-        "leases": (batch.leases, 2),
+        "leases": (batch.leases, 3),
     }
     for name, (tensor, dims) in integers.items():
         if tensor.dtype != torch.int32 or tensor.dim() != dims or not _dense(tensor):

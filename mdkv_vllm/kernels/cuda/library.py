@@ -17,7 +17,7 @@ from mdkv_vllm.core.formats import DESCRIPTOR, full_format
 from mdkv_vllm.core.layout import LeaseLayout
 
 LIBRARY = Path(__file__).resolve().parents[2] / "libmdkv_cuda.so"
-ABI = 3
+ABI = 4
 MAX_FORMATS = 16
 
 ELEMENT = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -52,6 +52,7 @@ class Shape(ctypes.Structure):
                 "prompt_basis",
                 "basis_first_page",
                 "basis_pages",
+                "max_leases",
             )
         ),
         ("formats", _Format * (MAX_FORMATS + 1)),
@@ -142,13 +143,14 @@ def check(status: int) -> None:
         raise CudaKernelError(f"CUDA decode kernel: {library().mdkv_cuda_error().decode()}")
 
 
-def shape_of(layout: LeaseLayout, group: int, basis_rank: int) -> Shape:
+def shape_of(layout: LeaseLayout, group: int, basis_rank: int, max_leases: int) -> Shape:
     """A model's layout, as C takes it.
 
     Args:
         layout: what leases look like.
         group: query heads per KV head.
         basis_rank: directions of the basis, the prompt's own or calibrated; 0 for none.
+        max_leases: leases of a request at most.
 
     Raises:
         CudaKernelError: there are more formats than the kernel takes.
@@ -165,6 +167,7 @@ def shape_of(layout: LeaseLayout, group: int, basis_rank: int) -> Shape:
         int(layout.prompt_basis_rank > 0),
         layout.basis_first_page,
         layout.basis_pages_per_head,
+        max_leases,
         _formats(layout),
     )
 

@@ -102,7 +102,7 @@ def _score_question(model: InProcessModel, example: Example) -> torch.Tensor | N
     def watch(layer: int, weights: torch.Tensor) -> None:
         layers[layer] = credit(weights[0], hidden)
 
-    model.follow(prefill, [full], answer, watch)
+    model.follow([full], answer, watch)
     return torch.stack([layers[layer] for layer in range(model.num_layers)]).cpu()
 
 

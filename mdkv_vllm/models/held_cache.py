@@ -19,7 +19,7 @@ class Prefill:
         token_ids: the prompt.
         keys: after rotary embedding, ``[layers, kv_heads, tokens, head_size]``.
         values: same shape.
-        queries: of the prompt's last tokens, ``[layers, query_heads, window, head_size]``.
+        queries: of the prompt's last tokens or all, ``[layers, query_heads, window, head_size]``.
         inputs: per layer, the arguments of its attention module.
         logits: float32 ``[vocabulary]`` after the last prompt token.
     """
@@ -42,10 +42,10 @@ class Recorder:
     """Collects, layer by layer, what a :class:`Prefill` consists of.
 
     Attributes:
-        window: last queries to keep.
+        window: last queries to keep; None for all.
     """
 
-    window: int
+    window: int | None = None
     keys: list[torch.Tensor] = field(default_factory=list)
     values: list[torch.Tensor] = field(default_factory=list)
     queries: list[torch.Tensor] = field(default_factory=list)
@@ -58,19 +58,23 @@ class Recorder:
 
     def keep_layer(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Keep one layer's tensors, ``[heads, tokens, head_size]``."""
-        self.queries.append(query[:, -self.window :].clone())
+        self.queries.append(query[:, -(self.window or 0) :].clone())
         self.keys.append(key)
         self.values.append(value)
 
     def finish(self, token_ids: tuple[int, ...], logits: torch.Tensor) -> Prefill:
         """All layers together."""
+        return Prefill(token_ids, *self.tensors(), self.inputs, logits)
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys, values and queries of all layers, ``[layers, heads, tokens, head_size]``."""
         keys, values, queries = (torch.stack(x) for x in (self.keys, self.values, self.queries))
-        return Prefill(token_ids, keys, values, queries, self.inputs, logits)
+        return keys, values, queries
 
 
 @dataclass(frozen=True)
 class HeldCache:
-    """What attention reads of a prompt under some method, simulated at full size.
+    """What attention reads of a request's tokens under some method, simulated at full size.
 
     Attributes:
         keys: ``[layers, kv_heads, tokens, head_size]``, as read back.
@@ -78,7 +82,8 @@ class HeldCache:
         kept: bool ``[layers, kv_heads, tokens]``; False where a token is forgotten.
         share: bytes held over those of the full cache in 16 bit, all that the request holds
             charged.
-        formats: int64 like ``kept``, index of each token's format, for pictures; None for most.
+        formats: int64 like ``kept``, index of each token's format, for pictures; None for most. The
+            last token is at full size.
     """
 
     keys: torch.Tensor
@@ -86,6 +91,31 @@ class HeldCache:
     kept: torch.Tensor
     share: float
     formats: torch.Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are held or forgotten."""
+        return self.keys.shape[2]
+
+    def grown(self, keys: torch.Tensor, values: torch.Tensor) -> HeldCache:
+        """The cache with more tokens behind it, at full size.
+
+        Args:
+            keys: ``[layers, kv_heads, new_tokens, head_size]``.
+            values: same shape.
+        """
+        before, new = self.num_tokens, keys.shape[2]
+        formats = self.formats
+        if formats is not None:
+            full = formats[..., -1:].expand(*formats.shape[:2], new)
+            formats = torch.cat((formats, full), 2)
+        return HeldCache(
+            torch.cat((self.keys, keys.to(self.keys.dtype)), 2),
+            torch.cat((self.values, values.to(self.values.dtype)), 2),
+            torch.cat((self.kept, self.kept.new_ones(*self.kept.shape[:2], new)), 2),
+            (self.share * before + new) / (before + new),
+            formats,
+        )
 
 
 def full_cache(prefill: Prefill) -> HeldCache:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,6 +17,21 @@ Watch = Callable[[int, torch.Tensor], None]
 prompt_tokens]``."""
 ATTENTION = "mixeddim_eval"
 """Name under which our attention is registered with transformers."""
+
+
+MANY_TOKENS = 32
+"""Tokens of a step from which reading a head's kept tokens alone pays for gathering them."""
+
+
+class Extension(NamedTuple):
+    """What came of running tokens behind those that are held."""
+
+    cache: HeldCache
+    """With the new tokens at full size."""
+    queries: torch.Tensor
+    """Of the new tokens, ``[layers, query_heads, new_tokens, head_size]``."""
+    logits: torch.Tensor
+    """After the last new tokens, float32 ``[tokens asked for, vocabulary]``."""
 
 
 @dataclass
@@ -79,12 +94,12 @@ class InProcessModel:
         self._recorder: Recorder | None = None
         self._decoding: _Decoding | None = None
 
-    def prefill(self, token_ids: Sequence[int], window: int) -> Prefill:
+    def prefill(self, token_ids: Sequence[int], window: int | None = None) -> Prefill:
         """Run a prompt and keep what methods may ask for.
 
         Args:
             token_ids: the prompt.
-            window: its last tokens, whose queries are kept.
+            window: its last tokens, whose queries are kept; None for all.
         """
         recorder = Recorder(window)
         hooks = [
@@ -114,36 +129,44 @@ class InProcessModel:
         Returns:
             Token ids, without the stop token.
         """
-        first = int(prefill.logits.argmax())
-        if first in self.stop_tokens:
-            return [[] for _ in caches]
-        rows = torch.full((len(caches), 1), first, device=self.device)
+        return self.go_on([prefill.logits] * len(caches), caches, max_tokens)
+
+    def go_on(
+        self, logits: Sequence[torch.Tensor], caches: Sequence[HeldCache], max_tokens: int
+    ) -> list[list[int]]:
+        """Greedy answers, one per cache.
+
+        Args:
+            logits: of each row's first token, float32 ``[vocabulary]``.
+            caches: what each row reads, of equally many tokens.
+            max_tokens: tokens to generate at most.
+
+        Returns:
+            Token ids, without the stop token.
+        """
+        rows = torch.stack(list(logits)).argmax(-1, keepdim=True)
         answers = [rows]
-        state = self._start(prefill, caches)
-        ended = torch.zeros(len(caches), dtype=torch.bool, device=self.device)
         stops = torch.tensor(sorted(self.stop_tokens), device=self.device)
-        for _ in range(max_tokens - 1):
+        ended = torch.isin(rows[:, 0], stops)
+        state = self._start(caches)
+        while len(answers) < max_tokens and not bool(ended.all()):
             rows = state.step(rows)[:, -1].argmax(-1, keepdim=True)
             answers.append(rows)
             ended |= torch.isin(rows[:, 0], stops)
-            if bool(ended.all()):
-                break
         self._decoding = None
         return [self._until_stop(row) for row in torch.cat(answers, 1).tolist()]
 
     def follow(
         self,
-        prefill: Prefill,
         caches: Sequence[HeldCache],
         continuation: Sequence[int],
         watch: Watch | None = None,
     ) -> torch.Tensor:
-        """Logits along a given continuation of the prompt, read through each cache.
+        """Logits along a given continuation of a prompt, read through each cache.
 
         Args:
-            prefill: the prompt.
-            caches: what each row reads of it.
-            continuation: token ids after the prompt.
+            caches: what each row reads of the prompt.
+            continuation: token ids after it.
             watch: told what every head looks at.
 
         Returns:
@@ -151,14 +174,34 @@ class InProcessModel:
             after ``continuation[t]``.
         """
         rows = torch.tensor([list(continuation)], device=self.device).expand(len(caches), -1)
-        steps = self._start(prefill, caches)
+        steps = self._start(caches)
         assert self._decoding is not None
         self._decoding.watch = watch
         logits = steps.step(rows)
         self._decoding = None
         return logits
 
-    def _start(self, prefill: Prefill, caches: Sequence[HeldCache]) -> _Steps:
+    def extend(
+        self, cache: HeldCache, token_ids: Sequence[int], every_logit: bool = True
+    ) -> Extension:
+        """Run tokens behind those that a cache holds, and keep their keys and values as well.
+
+        Args:
+            cache: what the tokens read of those before them.
+            token_ids: the tokens, one or more.
+            every_logit: whether logits after each of them are wanted, or after the last alone.
+        """
+        recorder = self._recorder = Recorder()
+        steps = self._start([cache])
+        try:
+            rows = torch.tensor([list(token_ids)], device=self.device)
+            logits = steps.step(rows, 0 if every_logit else 1)[0]
+        finally:
+            self._recorder = self._decoding = None
+        keys, values, queries = recorder.tensors()
+        return Extension(cache.grown(keys, values), queries, logits)
+
+    def _start(self, caches: Sequence[HeldCache]) -> _Steps:
         def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
             return torch.cat(tensors).to(self.device, torch.float32)
 
@@ -168,16 +211,18 @@ class InProcessModel:
             [stacked([c.values[layer] for c in caches]) for layer in layers],
             [~torch.cat([c.kept[layer] for c in caches]).unsqueeze(1) for layer in layers],
         )
-        return _Steps(self, prefill.num_tokens)
+        return _Steps(self, caches[0].num_tokens)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
         """Attention of one layer; tensors ``[rows, heads, tokens, head_size]``."""
-        if self._decoding is not None:
-            return self._attend_decoding(layer, query, key, value)
         if self._recorder is not None:
             self._recorder.keep_layer(query[0], key[0], value[0])
+        if self._decoding is not None:
+            many = query.shape[2] >= MANY_TOKENS and self._decoding.watch is None
+            attend = self._attend_many if many else self._attend_decoding
+            return attend(layer, query, key, value)
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
         )
@@ -204,6 +249,31 @@ class InProcessModel:
         output += torch.bmm(weights[..., prompt.shape[-1] :], value.float().flatten(0, 1))
         return output.view(rows, query_heads, count, size).to(query.dtype)
 
+    def _attend_many(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """:meth:`_attend_decoding` of many tokens, without all scores in memory."""
+        state = self._decoding
+        assert state is not None
+        rows, _, count, size = query.shape
+        kv_heads, total = key.shape[1], key.shape[2]
+        grouped = query.float().reshape(rows * kv_heads, -1, count, size)
+        output = torch.empty_like(grouped)
+        later = key.float().flatten(0, 1), value.float().flatten(0, 1)
+        held = state.keys[layer], state.values[layer]
+        for head, hidden in enumerate(state.hidden[layer]):
+            kept = (~hidden[0]).nonzero().squeeze(1)
+            keys, values = (
+                torch.cat((before[head, kept], after[head])).view(1, 1, -1, size)
+                for before, after in zip(held, later, strict=True)
+            )
+            seen = torch.ones(count, len(kept) + total, dtype=torch.bool, device=query.device)
+            output[head : head + 1] = scaled_dot_product_attention(
+                grouped[head : head + 1], keys, values, scale=self.scale, enable_gqa=True,
+                attn_mask=seen.tril_(len(kept) + total - count),
+            )  # fmt: skip
+        return output.view(query.shape).to(query.dtype)
+
     def _until_stop(self, tokens: list[int]) -> list[int]:
         stop = next((i for i, token in enumerate(tokens) if token in self.stop_tokens), None)
         return tokens[:stop]
@@ -218,8 +288,13 @@ class _Steps:
         self._model, self._position = model, position
         self._cache = DynamicCache(config=model.model.config)
 
-    def step(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Append ``[rows, n]`` token ids; float32 logits ``[rows, n, vocabulary]``."""
+    def step(self, token_ids: torch.Tensor, last: int = 0) -> torch.Tensor:
+        """Append ``[rows, n]`` token ids; float32 logits ``[rows, n or last, vocabulary]``.
+
+        Args:
+            token_ids: the tokens.
+            last: after how many of them logits are wanted, the last ones; 0 for all.
+        """
         rows, count = token_ids.shape
         positions = torch.arange(self._position, self._position + count, device=token_ids.device)
         self._position += count
@@ -228,6 +303,7 @@ class _Steps:
             position_ids=positions.expand(rows, -1),
             past_key_values=self._cache,
             use_cache=True,
+            logits_to_keep=last,
         ).logits
         return logits.float()
 

@@ -63,7 +63,8 @@ class Server:
             budget: per-request budget, or None for a server that knows none.
         """
         asked = example.turns[turn]
-        prompt = prompt_text(self.tokenizer, example, turn)
+        # A server cannot be made to have generated something: it is part of its prompt.
+        prompt = prompt_text(self.tokenizer, example, turn) + asked.given
         answer = self.complete(prompt, asked.max_tokens, budget)
         return Row.of(
             example,

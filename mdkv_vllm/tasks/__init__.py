@@ -10,6 +10,7 @@ from mdkv_vllm.tasks.classification import CLASSIFICATION
 from mdkv_vllm.tasks.errors import TaskError
 from mdkv_vllm.tasks.example import Example
 from mdkv_vllm.tasks.followup import FOLLOWUP
+from mdkv_vllm.tasks.generated import GENERATED
 from mdkv_vllm.tasks.long_answer import LONG_ANSWER
 from mdkv_vllm.tasks.lookup import LOOKUP
 from mdkv_vllm.tasks.needles import NEEDLES
@@ -31,6 +32,7 @@ TASKS: dict[str, Task] = {
         *CLASSIFICATION,
         *FOLLOWUP,
         *LONG_ANSWER,
+        *GENERATED,
     )
 }
 """Every task that can be generated, by name."""

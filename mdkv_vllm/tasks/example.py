@@ -30,6 +30,8 @@ class Turn:
             ``agreement``: scored elsewhere against the answer of full attention.
         max_tokens: tokens to generate, from 1.
         answer_prefix: words that the assistant's answer is made to begin with, or "".
+        given: words that the assistant is taken to have generated after those, or "": the answer
+            goes on from them, and with ``agreement`` it is they that are compared.
 
     Raises:
         ScoringError: an unknown scoring, or references missing or superfluous for it.
@@ -40,6 +42,7 @@ class Turn:
     scoring: str
     max_tokens: int
     answer_prefix: str = ""
+    given: str = ""
 
     def __post_init__(self) -> None:
         if self.scoring not in (*_SCORES, AGREEMENT):

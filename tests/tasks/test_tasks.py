@@ -15,7 +15,8 @@ from mdkv_vllm.tasks.example import ScoringError, score
 from mdkv_vllm.tasks.fitting import OVERHEAD_TOKENS, prompt_tokens
 from mdkv_vllm.tasks.text import Haystack, reference_prose
 
-SCORED = [name for name in TASKS if name != "long_answer"]
+COMPARED = ["long_answer", "long_reply"]
+SCORED = [name for name in TASKS if name not in COMPARED]
 
 
 def count(text):

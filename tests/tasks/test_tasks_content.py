@@ -9,6 +9,7 @@ import pytest
 from mdkv_vllm.tasks import generate
 from mdkv_vllm.tasks.classification import TOPICS
 from mdkv_vllm.tasks.filling import hide
+from mdkv_vllm.tasks.generated import REASONING_TOKENS, REPLY_TOKENS
 from mdkv_vllm.tasks.text import Haystack, reference_prose
 
 NEEDLE = re.compile(r"A special magic (\w+) for (\S+) is (\S+)\.")
@@ -148,3 +149,22 @@ def test_needles_at_one_gap_keep_their_order():
     needles = [(0.0, "first"), (0.5, "second"), (0.5, "third"), (1.0, "last")]
     assert hide(needles, ["aaaa", "bbbb"]) == "first aaaa second third bbbb last"
     assert hide(needles, []) == "first second third last"
+
+
+def test_a_number_is_needed_long_after_the_answer_began_with_it(haystack):
+    for example in generate(["recall"], [600], 3, haystack):
+        (turn,) = example.turns
+        said, asked = turn.given.index(turn.answers[0]), turn.given.rindex("special magic number")
+        assert len(turn.given[:said].split()) < 30
+        assert len(turn.given[said:asked].split()) > 0.9 * REASONING_TOKENS
+
+
+def test_a_reply_goes_on_with_its_text(haystack):
+    (example,) = generate(["long_reply"], [600], 1, haystack)
+    given = example.turns[0].given
+    place = haystack.sentences.index(
+        next(one for one in haystack.sentences if given.startswith(one))
+    )
+    assert len(given.split()) == pytest.approx(REPLY_TOKENS, rel=0.02)
+    assert haystack.sentences[place - 2] in example.context
+    assert haystack.sentences[place] not in example.context

@@ -44,8 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--server", metavar="URL", help="ask an OpenAI-compatible server")
     parser.add_argument("--name", help="what to call the server in the report (default: server)")
     parser.add_argument(
-        "--methods", nargs="+", metavar="METHOD", help="offline methods (default: all)"
-    )
+        "--methods", nargs="+", metavar="METHOD",
+        help="offline methods (default: all); ours with other settings: ours:NAME=VALUE,...",
+    )  # fmt: skip
     parser.add_argument(
         "--budgets",
         nargs="+",
@@ -187,6 +188,7 @@ Measure = Callable[[Example, int, set[tuple[str, int, str, float]]], Iterable[Ro
 def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     from mdkv_vllm.eval.methods import NEED_HEAD_SCORES, methods_for
     from mdkv_vllm.eval.methods.eviction import ChannelPruning, Eviction, require_kvpress
+    from mdkv_vllm.eval.methods.ours import MixedDim
     from mdkv_vllm.eval.offline import measure, trials
     from mdkv_vllm.models.in_process import InProcessModel
 
@@ -195,6 +197,8 @@ def _offline(options: argparse.Namespace) -> tuple[Any, Measure]:
     model = InProcessModel(options.model, getattr(torch, options.dtype), options.device)
     known = methods_for(model)
     for name in options.methods or []:
+        if name.startswith("ours:"):
+            known[name] = MixedDim.parse(name)
         if name not in known:
             raise ValueError(f"--methods: {name!r} is unknown; allowed are {', '.join(known)}")
     chosen = options.methods or list(known)

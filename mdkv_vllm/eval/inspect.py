@@ -10,6 +10,7 @@ import torch
 
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.formats import PageGeometry
+from mdkv_vllm.eval.held_request import HeldRequest, generate
 from mdkv_vllm.eval.methods.ours import MixedDim
 from mdkv_vllm.models.held_cache import BLOCK_TOKENS, full_cache
 from mdkv_vllm.models.in_process import InProcessModel
@@ -120,10 +121,12 @@ def inspect_prompt(model: InProcessModel, prompt: Prompt, config: MixedDimConfig
         for name, value in vars(config).items()
         if name != "budget" and value != getattr(MixedDimConfig, name)
     }
-    prefill = model.prefill(prompt.token_ids, config.window)
-    full, held = full_cache(prefill), MixedDim("ours", given).apply(model, prefill, config.budget)
-    answers = [model.generate(prefill, [cache], ANSWER_TOKENS)[0] for cache in (held, full)]
+    prefill = model.prefill(prompt.token_ids)
+    full = HeldRequest(model, full_cache(prefill), prefill.logits)
+    ours = MixedDim("ours", given).begin(model, prefill, config.budget)
+    answers = [generate([request], ANSWER_TOKENS)[0] for request in (ours, full)]
     texts = model.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    held = ours.cache
     # Bytes are counted against a 16-bit cache; which 16-bit type does not matter to them.
     formats = config.format_set(PageGeometry(BLOCK_TOKENS, model.head_size, torch.bfloat16))
     names, shares = list(formats.names), [BLOCK_TOKENS / f.tokens_per_page for f in formats.formats]
@@ -141,7 +144,7 @@ def inspect_prompt(model: InProcessModel, prompt: Prompt, config: MixedDimConfig
         budget=config.budget,
         settings=given,
         share=held.share,
-        compressed=held.formats is not None,
+        compressed=held.share < 1,
         format_names=tuple(names),
         format_shares=tuple(shares),
         formats=chosen.to(torch.uint8),

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from mdkv_vllm.eval.methods import Method
+from mdkv_vllm.eval.held_request import HeldRequest, follow, generate
+from mdkv_vllm.eval.methods import Method, begin
 from mdkv_vllm.eval.rows import Row
-from mdkv_vllm.models.held_cache import HeldCache, Prefill, full_cache
+from mdkv_vllm.models.held_cache import full_cache
 from mdkv_vllm.models.in_process import InProcessModel
-from mdkv_vllm.tasks.example import Example, Turn
+from mdkv_vllm.tasks.example import AGREEMENT, Example
 from mdkv_vllm.tasks.prompt import prompt_text, token_ids
 
-WINDOW = 64
-"""Queries kept of each prompt; no method has a larger observation window."""
 ROWS_AT_ONCE = 8
 """Caches decoded together; bounds memory."""
 
@@ -26,6 +26,33 @@ class Trial:
 
     method: Method
     budget: float
+
+
+class Distances(NamedTuple):
+    """How far a method departs from full attention, token by token."""
+
+    divergence: torch.Tensor
+    """float32 ``[tokens]``, nats."""
+    agreement: torch.Tensor
+    """float32 ``[tokens]``: 1 where the first choice is full attention's."""
+
+    @classmethod
+    def between(cls, expected: torch.Tensor, found: torch.Tensor) -> Distances:
+        """Compare logits, float32 ``[tokens, vocabulary]``, full attention's first."""
+        wanted = expected.log_softmax(-1)
+        divergence = (wanted.exp() * (wanted - found.log_softmax(-1))).sum(-1)
+        return cls(divergence, (found.argmax(-1) == expected.argmax(-1)).float())
+
+    @property
+    def means(self) -> tuple[float, float]:
+        """Mean divergence and agreement."""
+        return round(float(self.divergence.mean()), 6), round(float(self.agreement.mean()), 6)
+
+    @property
+    def quarters(self) -> tuple[tuple[float, float], ...]:
+        """The means of each quarter."""
+        pairs = zip(self.divergence.chunk(4), self.agreement.chunk(4), strict=True)
+        return tuple(Distances(*pair).means for pair in pairs)
 
 
 def trials(methods: Iterable[Method], budgets: Sequence[float]) -> list[Trial]:
@@ -45,62 +72,50 @@ def measure(
         wanted: methods and budgets.
     """
     asked = example.turns[turn]
-    prompt = token_ids(model.tokenizer, prompt_text(model.tokenizer, example, turn))
-    prefill = model.prefill(prompt, WINDOW)
-    reference = full_cache(prefill)
-    answer = model.generate(prefill, [reference], asked.max_tokens)[0]
-    logits = model.follow(prefill, [reference], answer)[0] if answer else None
+    prefill = model.prefill(token_ids(model.tokenizer, prompt_text(model.tokenizer, example, turn)))
+    given = model.tokenizer(asked.given, add_special_tokens=False).input_ids
+    full, heard = _hear(HeldRequest(model, full_cache(prefill), prefill.logits), given)
+    answer = generate([full], asked.max_tokens)[0]
+    expected = follow([full], answer)[0]
     rows: list[Row] = []
     for start in range(0, len(wanted), ROWS_AT_ONCE):
         some = wanted[start : start + ROWS_AT_ONCE]
-        caches = [trial.method.apply(model, prefill, trial.budget) for trial in some]
-        answers = _answers(model, prefill, caches, asked)
-        distances = _distances(model, prefill, caches, answer, logits)
-        for trial, cache, tokens, (divergence, agreement) in zip(
-            some, caches, answers, distances, strict=True
+        requests, shares, along = [], [], []
+        for trial in some:
+            request = begin(trial.method, model, prefill, trial.budget)
+            shares.append(round(request.cache.share, 5))
+            request, logits = _hear(request, given)
+            requests.append(request)
+            along.append(Distances.between(heard, logits) if given else None)
+        # Where only agreement counts nothing has to be said.
+        answers = generate(requests, asked.max_tokens) if asked.answers else [[]] * len(some)
+        found = follow(requests, answer)
+        for trial, request, share, gone, tokens, logits in zip(
+            some, requests, shares, along, answers, found, strict=True
         ):
-            text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+            only_given = asked.scoring == AGREEMENT and gone is not None
+            distances = gone if only_given else Distances.between(expected, logits)
+            divergence, agreement = distances.means
             rows.append(
                 Row.of(
                     example,
                     turn,
                     method=trial.method.name,
                     budget=trial.budget,
-                    share=round(cache.share, 5),
+                    share=share,
                     divergence=divergence,
                     agreement=agreement,
-                    answer=text,
+                    answer=model.tokenizer.decode(tokens, skip_special_tokens=True),
+                    end_share=round(request.cache.share, 5) if gone else None,
+                    quarters=gone.quarters if gone else (),
                 )
             )
     return rows
 
 
-def _answers(
-    model: InProcessModel, prefill: Prefill, caches: Sequence[HeldCache], asked: Turn
-) -> list[list[int]]:
-    """Generated tokens; none where only agreement counts."""
-    if not asked.answers:
-        return [[] for _ in caches]
-    return model.generate(prefill, caches, asked.max_tokens)
-
-
-def _distances(
-    model: InProcessModel,
-    prefill: Prefill,
-    caches: Sequence[HeldCache],
-    answer: Sequence[int],
-    reference: torch.Tensor | None,
-) -> list[tuple[float | None, float | None]]:
-    """Divergence and agreement of each cache along full attention's answer.
-
-    The answer's first token comes from prefill, before any compression: what is compared is
-    the distribution after it, and so on up to the last.
-    """
-    if reference is None:
-        return [(None, None) for _ in caches]
-    expected = reference.log_softmax(-1)
-    found = model.follow(prefill, caches, answer)
-    divergence = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1).mean(-1)
-    agreement = (found.argmax(-1) == reference.argmax(-1)).float().mean(-1)
-    pairs = zip(divergence.tolist(), agreement.tolist(), strict=True)
-    return [(round(kl, 6), round(same, 6)) for kl, same in pairs]
+def _hear(request: HeldRequest, given: list[int]) -> tuple[HeldRequest, torch.Tensor]:
+    """A request that has gone on with given tokens, and logits before each of them."""
+    if not given:
+        return request, request.logits.unsqueeze(0)
+    later, logits = request.extend(given)
+    return later, torch.cat((request.logits.unsqueeze(0), logits[:-1]))

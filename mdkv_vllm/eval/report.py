@@ -25,6 +25,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     if texts:
         parts += ["## Long answers, along full attention's own", overview(texts)]
+    if given := [row for row in rows if row.quarters]:
+        parts += ["## Along a given answer, by its quarters", by_quarter(given)]
     parts += ["## Accuracy by task", by_task(rows)]
     return "\n\n".join(parts) + "\n"
 
@@ -44,6 +46,20 @@ def overview(rows: Sequence[Row]) -> str:
         del columns["accuracy"], columns["95 %"]
     lines = [[cell(s) for cell in columns.values()] for s in _ordered(summarise(rows))]
     return _table(list(columns), lines)
+
+
+def by_quarter(rows: Sequence[Row]) -> str:
+    """Divergence and agreement as an answer goes on, and the bytes held at its end."""
+    lines = []
+    for s in _ordered(summarise(rows)):
+        mine = [row for row in rows if (row.method, row.budget) == (s.method, s.budget)]
+        quarters = zip(*(row.quarters for row in mine), strict=True)
+        means = [[sum(v) / len(mine) for v in zip(*some, strict=True)] for some in quarters]
+        end = sum(row.end_share or 0.0 for row in mine) / len(mine)
+        cells = [f"{_number(kl, 4)} {_number(same)}" for kl, same in means]
+        lines.append([s.method, _bytes(s), f"{end:.1%}", str(len(mine)), *cells])
+    names = [f"{n} quarter: KL, top-1" for n in ("first", "second", "third", "last")]
+    return _table(["method", "bytes", "at its end", "n", *names], lines)
 
 
 def by_task(rows: Sequence[Row]) -> str:

@@ -31,6 +31,8 @@ class Row:
             full attention's own answer; None where it was not measured.
         agreement: share of those tokens that are the method's first choice as well.
         answer: what was generated.
+        end_share: like ``share``, after an answer that the task gives; None where it gives none.
+        quarters: divergence and agreement in each quarter of that answer.
     """
 
     example: str
@@ -46,6 +48,8 @@ class Row:
     divergence: float | None
     agreement: float | None
     answer: str
+    end_share: float | None = None
+    quarters: tuple[tuple[float, float], ...] = ()
 
     @classmethod
     def of(cls, example: Example, turn: int, **measured: Any) -> Row:  # noqa: ANN401

@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM
 from mdkv_vllm.artifacts.store import load_head_scores
 from mdkv_vllm.config import HEADS_FILE
 from mdkv_vllm.eval.methods import methods_for
-from mdkv_vllm.eval.offline import WINDOW
 from mdkv_vllm.models.held_cache import HeldCache, full_cache
 from mdkv_vllm.models.in_process import InProcessModel
 
@@ -26,7 +25,7 @@ def prompt():
 
 @pytest.fixture(scope="module")
 def prefill(model, prompt):
-    return model.prefill(prompt.tolist(), WINDOW)
+    return model.prefill(prompt.tolist())
 
 
 def test_a_full_cache_follows_transformers(model, prefill, prompt, tiny_folder):
@@ -35,7 +34,7 @@ def test_a_full_cache_follows_transformers(model, prefill, prompt, tiny_folder):
     with torch.no_grad():
         expected = plain(torch.cat((prompt, torch.tensor(continuation)))[None]).logits[0]
     torch.testing.assert_close(prefill.logits, expected[PROMPT_TOKENS - 1], atol=5e-4, rtol=1e-3)
-    found = model.follow(prefill, [full_cache(prefill)] * 2, continuation)
+    found = model.follow([full_cache(prefill)] * 2, continuation)
     for row in found:
         torch.testing.assert_close(row, expected[PROMPT_TOKENS:], atol=5e-4, rtol=1e-3)
 
@@ -47,7 +46,7 @@ def test_generation_is_greedy_and_rows_do_not_mix(model, prefill):
     alone = model.generate(prefill, [full], 6)[0]
     together = model.generate(prefill, [blind, full], 6)
     assert together[1] == alone
-    logits = model.follow(prefill, [full], alone)[0]
+    logits = model.follow([full], alone)[0]
     assert alone[1:] == logits.argmax(-1)[: len(alone) - 1].tolist()
 
 
@@ -57,7 +56,7 @@ def test_forgotten_tokens_are_not_read(model, prefill):
     poisoned = torch.where(kept.unsqueeze(-1), full.keys, 1e4)
     cache = HeldCache(full.keys, full.values, kept, 0.5)
     other = HeldCache(poisoned, full.values, kept, 0.5)
-    found = model.follow(prefill, [cache, other, full], [7, 8])
+    found = model.follow([cache, other, full], [7, 8])
     torch.testing.assert_close(found[0], found[1])
     assert not torch.allclose(found[0], found[2], atol=1e-3)
 
@@ -72,7 +71,7 @@ def test_every_method_holds_what_it_was_asked(model, prefill):
             if budget == 1:
                 torch.testing.assert_close(cache.keys, prefill.keys)
             else:
-                logits = model.follow(prefill, [cache, full_cache(prefill)], [9])
+                logits = model.follow([cache, full_cache(prefill)], [9])
                 assert not torch.equal(logits[0], logits[1]), f"{method.name} changed nothing"
 
 

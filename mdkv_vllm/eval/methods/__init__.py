@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from mdkv_vllm.config import EVEN_HEADS, HEADS_FILE
+from mdkv_vllm.core.plan import Rule
+from mdkv_vllm.eval.held_request import HeldRequest
 from mdkv_vllm.eval.methods import eviction
 from mdkv_vllm.eval.methods.baseline import Full, Recent
 from mdkv_vllm.eval.methods.eviction import WINDOW, ChannelPruning, Eviction
@@ -43,6 +45,20 @@ NEED_HEAD_SCORES = ("ours-even", "paper-h", "headkv")
 """Methods that cannot be applied, or say nothing new, for a model without head scores."""
 
 
+def begin(method: Method, model: InProcessModel, prefill: Prefill, budget: float) -> HeldRequest:
+    """A request that has computed its prompt and is held as a method does.
+
+    Args:
+        method: ours compresses what is generated too; under the others it stays at full size.
+        model: the model that prefilled the prompt.
+        prefill: the prompt.
+        budget: see :meth:`Method.apply`.
+    """
+    if isinstance(method, MixedDim):
+        return method.begin(model, prefill, budget)
+    return HeldRequest(model, method.apply(model, prefill, budget), prefill.logits)
+
+
 def methods_for(model: InProcessModel) -> dict[str, Method]:
     """Every method by name."""
     scores = str(model.folder / HEADS_FILE)
@@ -52,6 +68,7 @@ def methods_for(model: InProcessModel) -> dict[str, Method]:
         Recent(),
         MixedDim("ours"),
         MixedDim("ours-even", {"heads": EVEN_HEADS}),
+        MixedDim("ours-rolling", {"segments": Rule.ROLLING.value}),
         MixedDim("paper", {**paper, "heads": EVEN_HEADS}),
         MixedDim("paper-h", {**paper, "heads": scores, **HEADKV_BUDGETS}),
         Eviction("snapkv", eviction.snapkv),

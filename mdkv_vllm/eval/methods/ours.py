@@ -1,7 +1,8 @@
-"""MixedDimKV as the server does it, read back from the bytes of its lease."""
+"""MixedDimKV as the server does it, read back from the bytes of its leases."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 import torch
@@ -9,13 +10,12 @@ import torch
 from mdkv_vllm.artifacts.store import load_basis, load_head_budgets
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.basis import Basis
-from mdkv_vllm.core.compress import CompressedPrompt, Compressor
-from mdkv_vllm.core.formats import PageGeometry, Rotation
-from mdkv_vllm.core.layout import LeaseLayout
+from mdkv_vllm.core.compress import Compressor
+from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.packing import unpack_list
-from mdkv_vllm.core.plan import LeasePlan
-from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
+from mdkv_vllm.core.plan import RequestPlan
+from mdkv_vllm.eval.held_request import HeldRequest
+from mdkv_vllm.eval.methods.segments import SegmentedRequest
 from mdkv_vllm.kernels.cpu.compress import CpuKernels
 from mdkv_vllm.models.held_cache import BLOCK_TOKENS, HeldCache, Prefill, full_cache
 from mdkv_vllm.models.in_process import InProcessModel
@@ -35,29 +35,55 @@ class MixedDim:
     settings: dict[str, object] = field(default_factory=dict)
     fixed_shares: tuple[float, ...] = ()
 
+    @classmethod
+    def parse(cls, text: str) -> MixedDim:
+        """A method from a name and settings, such as ``ours:window=32,segments=rolling``.
+
+        Raises:
+            ValueError: the settings are none.
+        """
+        settings: dict[str, object] = {}
+        for part in text.partition(":")[2].split(","):
+            name, equals, value = part.partition("=")
+            if not equals or name in ("budget", "budget_tokens"):
+                raise ValueError(
+                    f"--methods: {text!r} has no setting in {part!r}; allowed are settings other "
+                    "than budgets, such as ours:window=32,segments=rolling"
+                )
+            try:
+                settings[name] = json.loads(value)
+            except json.JSONDecodeError:
+                settings[name] = value
+        MixedDimConfig.from_additional_config({"mixeddim": settings})
+        return cls(text, settings)
+
     def apply(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldCache:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
+        return self.begin(model, prefill, budget).cache
+
+    def begin(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldRequest:
+        """A request that has computed its prompt, whose answer will be compressed as well.
+
+        Args:
+            model: the model that prefilled the prompt.
+            prefill: the prompt, with all of its queries if it may have several segments.
+            budget: share of the bytes in 16 bit.
+        """
         config = MixedDimConfig(budget=budget, **self.settings)  # type: ignore[arg-type]
         # Bytes are counted against a 16-bit cache whatever the model computes in.
         dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
         geometry = PageGeometry(BLOCK_TOKENS, model.head_size, dtype)
         policy = Policy(config, geometry, model.num_layers, model.num_kv_heads)
         plan = policy.plan(prefill.num_tokens)
-        if not isinstance(plan, LeasePlan):
-            return full_cache(prefill)
-        basis = self._basis(model, policy)
+        if not isinstance(plan, RequestPlan):
+            return HeldRequest(model, full_cache(prefill), prefill.logits)
         sizes = (model.num_layers, model.num_kv_heads)
         heads = load_head_budgets(config, str(model.folder), sizes)
+        basis, kernels = self._basis(model, policy), CpuKernels()
         compressor = Compressor(
-            policy.layout, LOSSES[config.loss], model.scale, basis, heads, CpuKernels()
+            policy.layout, LOSSES[config.loss], model.scale, basis, heads, kernels
         )
-        result = compressor.compress(
-            lambda layer: (prefill.keys[layer].float(), prefill.values[layer].float()),
-            prefill.queries[:, :, -config.window :].float(),
-            plan,
-            keep_allocations=True,
-        )
-        return read_back(prefill, result, plan, policy.layout, basis)
+        return SegmentedRequest.begin(model, prefill, plan, compressor)
 
     def _basis(self, model: InProcessModel, policy: Policy) -> Basis | None:
         if not policy.formats.uses_basis or policy.prompt_basis:
@@ -65,49 +91,3 @@ class MixedDim:
         path = policy.config.basis_path(str(model.folder))
         sizes = (model.num_layers, model.num_kv_heads, model.head_size)
         return load_basis(path, str(model.folder), sizes).truncate(policy.formats.basis_rank)
-
-
-def read_back(
-    prefill: Prefill,
-    result: CompressedPrompt,
-    plan: LeasePlan,
-    layout: LeaseLayout,
-    basis: Basis | None,
-) -> HeldCache:
-    """Put every token of a packed lease back in its place.
-
-    Args:
-        prefill: the prompt.
-        result: its lease, with the allocations kept.
-        plan: its plan.
-        layout: what leases look like.
-        basis: the calibrated basis in use, if any.
-    """
-    formats = layout.formats
-    keys, values = prefill.keys.float().clone(), prefill.values.float().clone()
-    kept = torch.ones(keys.shape[:3], dtype=torch.bool)
-    chosen = torch.full(
-        keys.shape[:3],
-        formats.names.index("full") if "full" in formats.names else len(formats.names),
-    )
-    if layout.prompt_basis_rank:
-        basis = read_prompt_basis(result.pages, layout)
-    table = read_page_table(result.pages, layout)
-    for layer, allocation in enumerate(result.allocations):
-        kept[layer, :, : plan.span_tokens] = allocation.choice >= 0
-        chosen[layer, :, : plan.span_tokens] = allocation.choice + int(formats.drop)
-        for head, choice in enumerate(allocation.choice):
-            for index, fmt in enumerate(formats.formats):
-                count, first = table[layer, head, index].tolist()
-                pages = result.pages[first : first + fmt.pages(count)]
-                low = unpack_list(pages, count, fmt, layout.geometry)
-                places = (choice == index).nonzero().squeeze(1)
-                for held, vectors, side in ((keys, low[0], "keys"), (values, low[1], "values")):
-                    directions = None
-                    if fmt.rotation is Rotation.BASIS:
-                        directions = getattr(basis, side)[layer, head]
-                    held[layer, head, places] = to_full(vectors, fmt, directions).float()
-    # In whole blocks, as the peers are counted.
-    blocks = -(-prefill.num_tokens // plan.block_size)
-    share = (blocks - plan.first_lease_block) / blocks
-    return HeldCache(keys, values, kept, share, chosen)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,8 @@ def read_rows(path: Path) -> list[Row]:
     if path.exists():
         for number, line in enumerate(path.read_text().splitlines(), 1):
             try:
-                rows.append(Row(**json.loads(line)))
+                row = Row(**json.loads(line))
+                rows.append(replace(row, quarters=tuple((kl, same) for kl, same in row.quarters)))
             except (TypeError, json.JSONDecodeError) as error:
                 raise ValueError(f"--out: {path}:{number} is no row of results: {error}") from error
     return rows

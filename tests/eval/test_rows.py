@@ -12,8 +12,19 @@ def test_rows_are_read_as_written(tmp_path):
     assert read_rows(path) == []
     first, second = row(), row(method="ours", score=None, answer="two\nlines")
     append_rows(path, [first])
-    append_rows(path, [second])
-    assert read_rows(path) == [first, second]
+    third = row(end_share=0.3, quarters=((0.0, 1.0), (0.25, 0.5), (0.5, 0.5), (1.0, 0.0)))
+    append_rows(path, [second, third])
+    assert read_rows(path) == [first, second, third]
+
+
+def test_the_report_shows_quarters_of_given_answers():
+    given = [
+        row(method="ours", share=0.25, end_share=share, quarters=((kl, 1.0),) * 4)
+        for share, kl in ((0.3, 0.5), (0.5, 0.25))
+    ]
+    text = markdown([row(), *given])
+    (line,) = [one for one in text.splitlines() if "40.0%" in one]
+    assert line == f"| ours | 25.0% | 40.0% | 2 |{' 0.3750 1.000 |' * 4}"
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Requests whose segments are compressed while their tokens are computed, on tiny models."""
 
+import re
 from itertools import islice, pairwise
 
 import pytest
@@ -111,12 +112,23 @@ def test_requests_that_only_grow_are_followed_together(model, prefill, rolling, 
     assert generate([rolling], ANSWER_TOKENS)[0][:4] == answers[1]
 
 
-@pytest.mark.parametrize("text", ["ours:", "ours:window", "ours:budget=0.5", "ours:windw=3"])
-def test_settings_of_a_method_are_refused(text):
-    with pytest.raises(ValueError, match=r"budgets|unknown"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ours:", "'' is no NAME=VALUE"),
+        ("ours:window", "'window' is no NAME=VALUE"),
+        ("ours:{window", "has no settings behind its colon"),
+        ("ours:budget=0.5", "budget has a flag of its own"),
+        ("ours:windw=3", "windw is unknown; did you mean window"),
+    ],
+)
+def test_settings_of_a_method_are_refused(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         MixedDim.parse(text)
 
 
-def test_settings_of_a_method_are_read():
-    method = MixedDim.parse("ours:window=32,segments=rolling")
-    assert method.settings == {"window": 32, "segments": "rolling"}
+@pytest.mark.parametrize(
+    "text", ["ours:window=32,segments=rolling", 'ours:{"window": 32, "segments": "rolling"}']
+)
+def test_settings_of_a_method_are_read(text):
+    assert MixedDim.parse(text) == MixedDim(text, {"window": 32, "segments": "rolling"})

@@ -37,23 +37,26 @@ class MixedDim:
 
     @classmethod
     def parse(cls, text: str) -> MixedDim:
-        """A method from a name and settings, such as ``ours:window=32,segments=rolling``.
+        """A method from a name and settings.
+
+        Args:
+            text: such as ``ours:window=32,segments=rolling``, or the settings as a JSON object
+                behind the colon.
 
         Raises:
-            ValueError: the settings are none.
+            ValueError: the settings are none, or out of range.
         """
-        settings: dict[str, object] = {}
-        for part in text.partition(":")[2].split(","):
-            name, equals, value = part.partition("=")
-            if not equals or name in ("budget", "budget_tokens"):
-                raise ValueError(
-                    f"--methods: {text!r} has no setting in {part!r}; allowed are settings other "
-                    "than budgets, such as ours:window=32,segments=rolling"
-                )
-            try:
-                settings[name] = json.loads(value)
-            except json.JSONDecodeError:
-                settings[name] = value
+        given = text.partition(":")[2]
+        try:
+            settings = json.loads(given) if given.startswith("{") else _settings(given)
+        except ValueError as error:
+            raise ValueError(
+                f"--methods: {text!r} has no settings behind its colon ({error}); allowed are such "
+                "as ours:window=32,segments=rolling, or a JSON object"
+            ) from error
+        for name in ("budget", "budget_tokens"):
+            if name in settings:
+                raise ValueError(f"--methods: {name} has a flag of its own; give --budgets")
         MixedDimConfig.from_additional_config({"mixeddim": settings})
         return cls(text, settings)
 
@@ -91,3 +94,17 @@ class MixedDim:
         path = policy.config.basis_path(str(model.folder))
         sizes = (model.num_layers, model.num_kv_heads, model.head_size)
         return load_basis(path, str(model.folder), sizes).truncate(policy.formats.basis_rank)
+
+
+def _settings(text: str) -> dict[str, object]:
+    """Settings from ``name=value,name=value``; a value that is no JSON is a text."""
+    settings: dict[str, object] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"{part!r} is no NAME=VALUE")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings

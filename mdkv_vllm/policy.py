@@ -33,6 +33,7 @@ class Policy:
         geometry: the cache's sizes.
         num_layers: attention layers on this rank.
         num_kv_heads: KV heads per layer on this rank.
+        head_scores: whether heads have budgets by their scores.
 
     Raises:
         ConfigError: segments are not of whole blocks.
@@ -42,6 +43,7 @@ class Policy:
     geometry: PageGeometry
     num_layers: int
     num_kv_heads: int
+    head_scores: bool = False
 
     def __post_init__(self) -> None:
         block, segment = self.geometry.block_size, self.config.segment_tokens
@@ -69,8 +71,16 @@ class Policy:
 
     @property
     def answers(self) -> bool:
-        """Whether answers are compressed; not where every prompt has a basis of its own."""
-        return not self.prompt_basis
+        """Whether answers, and prompts by and by, are compressed.
+
+        Not where every prompt has a basis of its own. Without head scores, tokens that were scored
+        by the few behind their segment alone are lost when they matter much later
+        (benchmarks/NOTES.md), unless nothing is dropped: then they have to be asked for.
+        """
+        if self.prompt_basis:
+            return False
+        asked = self.config.segments == Rule.ROLLING.value
+        return self.head_scores or asked or not self.formats.drop
 
     def plan_request(self, request: CompressionRequest) -> RequestPlan | SkipReason:
         """Plan a request's segments, or say why it has none."""

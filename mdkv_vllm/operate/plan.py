@@ -94,11 +94,17 @@ def capacity(policy: Policy, cache_bytes: int, load: Load) -> Capacity:
 
 
 def policy_for(
-    sizes: ModelSizes, config: MixedDimConfig, block_size: int, cache_dtype: torch.dtype, ranks: int
+    sizes: ModelSizes,
+    config: MixedDimConfig,
+    block_size: int,
+    cache_dtype: torch.dtype,
+    ranks: int,
+    head_scores: bool,
 ) -> Policy:
     """The policy of one tensor-parallel rank."""
     geometry = PageGeometry(block_size, sizes.head_size, cache_dtype)
-    return Policy(config, geometry, sizes.layers, max(1, sizes.kv_heads // ranks))
+    heads = max(1, sizes.kv_heads // ranks)
+    return Policy(config, geometry, sizes.layers, heads, head_scores)
 
 
 def parse_bytes(text: str) -> int:
@@ -172,7 +178,14 @@ def run(options: argparse.Namespace) -> None:
     sizes = read_model_sizes(options.model)
     auto = options.kv_cache_dtype == "auto"
     dtype = sizes.dtype if auto else getattr(torch, options.kv_cache_dtype)
-    policy = policy_for(sizes, config, options.block_size, dtype, options.tensor_parallel_size)
+    policy = policy_for(
+        sizes,
+        config,
+        options.block_size,
+        dtype,
+        options.tensor_parallel_size,
+        config.heads_path(options.model) is not None,
+    )
     weights = (options.weights or sizes.weight_bytes) // options.tensor_parallel_size
     usable = int(options.gpu_memory * options.gpu_memory_utilization)
     cache = usable - weights - options.overhead

@@ -90,8 +90,14 @@ class MixedDimBackend(AttentionBackend):
         refuse_spec(spec)
         assert cls._served is not None, "the worker names its configuration first"
         config = MixedDimConfig.from_additional_config(cls._served.additional_config)
-        num_layers = cls._served.model_config.get_num_layers(cls._served.parallel_config)
-        return MixedDimSpec.of(spec, config, num_layers, cls._served.max_in_flight_tokens)
+        model = cls._served.model_config
+        return MixedDimSpec.of(
+            spec,
+            config,
+            model.get_num_layers(cls._served.parallel_config),
+            head_scores=config.heads_path(model.model) is not None,
+            in_flight_tokens=cls._served.max_in_flight_tokens,
+        )
 
     @classmethod
     def serve(cls, vllm_config: VllmConfig) -> None:

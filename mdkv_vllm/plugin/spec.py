@@ -24,27 +24,39 @@ class MixedDimSpec(FullAttentionSpec):
     Attributes:
         config: the settings.
         num_layers: attention layers on this rank.
+        head_scores: whether heads have budgets by their scores.
         in_flight_tokens: that vLLM may have scheduled beyond those known to be computed.
     """
 
     config: MixedDimConfig
     num_layers: int
+    head_scores: bool
     in_flight_tokens: int
 
     @property
     def policy(self) -> Policy:
         """The settings applied to this model."""
         geometry = PageGeometry(self.block_size, self.head_size, self.dtype)
-        return Policy(self.config, geometry, self.num_layers, self.num_kv_heads)
+        return Policy(self.config, geometry, self.num_layers, self.num_kv_heads, self.head_scores)
 
     @classmethod
     def of(
-        cls, spec: FullAttentionSpec, config: MixedDimConfig, num_layers: int, in_flight_tokens: int
+        cls,
+        spec: FullAttentionSpec,
+        config: MixedDimConfig,
+        num_layers: int,
+        *,
+        head_scores: bool,
+        in_flight_tokens: int,
     ) -> Self:
         """Extend vLLM's own spec of a layer."""
         inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
         return cls(
-            **inherited, config=config, num_layers=num_layers, in_flight_tokens=in_flight_tokens
+            **inherited,
+            config=config,
+            num_layers=num_layers,
+            head_scores=head_scores,
+            in_flight_tokens=in_flight_tokens,
         )
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:

@@ -202,7 +202,8 @@ def _segments(policy: Policy) -> str:
     """Which tokens are compressed together, in words."""
     config = policy.config
     if not policy.answers:
-        return "answers uncompressed (basis: prompt)"
+        why = "basis: prompt" if policy.prompt_basis else "no head scores, see docs/segments.md"
+        return f"each prompt as one segment, answers uncompressed ({why})"
     prompts = {
         Rule.PROMPT: "each prompt as one segment,",
         Rule.ROLLING: "prompts",

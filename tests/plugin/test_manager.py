@@ -57,7 +57,7 @@ init_none_hash(sha256)
 
 def spec_for(config=CONFIG):
     full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
-    return MixedDimSpec.of(full, config, LAYERS, IN_FLIGHT)
+    return MixedDimSpec.of(full, config, LAYERS, head_scores=True, in_flight_tokens=IN_FLIGHT)
 
 
 def make_manager(caching=True, config=CONFIG):

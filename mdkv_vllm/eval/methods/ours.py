@@ -76,12 +76,12 @@ class MixedDim:
         # Bytes are counted against a 16-bit cache whatever the model computes in.
         dtype = torch.float16 if model.dtype == torch.float16 else torch.bfloat16
         geometry = PageGeometry(BLOCK_TOKENS, model.head_size, dtype)
-        policy = Policy(config, geometry, model.num_layers, model.num_kv_heads)
+        sizes = (model.num_layers, model.num_kv_heads)
+        heads = load_head_budgets(config, str(model.folder), sizes)
+        policy = Policy(config, geometry, *sizes, head_scores=heads is not None)
         plan = policy.plan(prefill.num_tokens)
         if not isinstance(plan, RequestPlan):
             return HeldRequest(model, full_cache(prefill), prefill.logits)
-        sizes = (model.num_layers, model.num_kv_heads)
-        heads = load_head_budgets(config, str(model.folder), sizes)
         basis, kernels = self._basis(model, policy), CpuKernels()
         compressor = Compressor(
             policy.layout, LOSSES[config.loss], model.scale, basis, heads, kernels

@@ -11,8 +11,9 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel, PrefillAttention
+from mdkv_vllm.kernels.interface import DecodeBatch, DecodeKernel
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
+from mdkv_vllm.plugin.prefill.leased import LeasedPrefill
 from mdkv_vllm.plugin.rows import BatchOrder
 from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
 from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
@@ -61,7 +62,7 @@ class Runtime:
         policy: Policy,
         compressor: Compressor,
         decode: DecodeKernel,
-        prefill: PrefillAttention,
+        prefill: LeasedPrefill,
         kv_cache: torch.Tensor,
         num_query_heads: int,
         query_dtype: torch.dtype,

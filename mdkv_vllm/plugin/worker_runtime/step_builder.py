@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from mdkv_vllm.kernels.interface import Chunk, PrefillAttention
+from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.prefill.chunks import on_device
+from mdkv_vllm.plugin.prefill.leased import LeasedPrefill
 from mdkv_vllm.plugin.rows import BatchOrder
 from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
 from mdkv_vllm.plugin.worker_runtime.metadata import Decode, MixedDimMetadata, StepBuffers
@@ -69,7 +70,7 @@ class StepBuilder:
         table: RequestTable,
         window: QueryWindow,
         runner: CompressionRunner,
-        prefill: PrefillAttention,
+        prefill: LeasedPrefill,
         order: BatchOrder,
         max_tokens: int,
         max_requests: int,
@@ -123,7 +124,8 @@ class StepBuilder:
             blocks = step.batch.block_table_tensor[row, segment.first_block : segment.loaded_end]
             self._runner.add(held, segment, blocks.clone())
         held.computed_tokens = length
-        if held.leases or stop - start == 1:
+        fewest = self._prefill.fewest_tokens if held.leases else 2
+        if stop - start < fewest:
             step.decode(row, start, stop, context)
         else:
-            step.chunks.append(Chunk(start, stop, context, row))
+            step.chunks.append(Chunk(start, stop, context, row, tuple(held.leases)))

@@ -1,5 +1,6 @@
 """Steps of the worker without vLLM's runner: what is captured, compressed, padded and copied."""
 
+from itertools import islice
 from types import SimpleNamespace
 
 import pytest
@@ -14,21 +15,25 @@ from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
-from mdkv_vllm.kernels.interface import DecodeConfig
+from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels
+from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.recorder import Recorder
 from mdkv_vllm.plugin.metrics.table import COMPRESSED_TOKENS, LEASE_BYTES
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
+from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
 from mdkv_vllm.plugin.rows import RunnerV1Order, RunnerV2Order
+from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
 from mdkv_vllm.plugin.worker_runtime.reports import Stopwatch
+from mdkv_vllm.plugin.worker_runtime.request_table import HeldRequest
 from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, StepLimits
 from mdkv_vllm.policy import Policy
 from mdkv_vllm.request import CompressionRequest
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS = 2, 2, 3, 64, 16, 96
-PROMPT = 300
+PROMPT, ANSWER, LEASES = 300, 160, 6
 REQUEST = CompressionRequest("a", PROMPT)
 
 
@@ -39,21 +44,30 @@ class RefusedKernel:
         assert recent is None or (recent.shape == query.shape and recent.is_contiguous())
         assert output.shape == query.shape
         assert len(query) == len(batch.query_rows) == len(batch.lengths)
-        assert batch.leases.shape[1] == 2
+        assert batch.leases.shape[1:] == (6, 2)
         assert batch.block_table.shape[0] >= batch.leases.shape[0]
+
+
+class NoPrefill(SdpaPrefill):
+    """Of prompts without leases, on a device whose numbers nobody can read."""
+
+    fewest_tokens = PROMPT
 
 
 class Worker:
     """A runtime over random cached tokens, and what vLLM would do around it."""
 
-    def __init__(self, graph_tokens=0, device="cpu", kernel=None, window=16):
+    def __init__(self, graph_tokens=0, device="cpu", kernel=None, window=16, **settings):
         torch.manual_seed(1)
-        config = MixedDimConfig(budget=0.4, heads="even", window=window)
+        config = MixedDimConfig(budget=0.4, heads="even", window=window, **settings)
         geometry = PageGeometry(BLOCK, SIZE, torch.float32)
-        policy = Policy(config, geometry, LAYERS, HEADS)
+        policy = Policy(config, geometry, LAYERS, HEADS, head_scores=True)
         self.kv_cache = torch.randn(BLOCKS, LAYERS * HEADS, BLOCK, 2 * SIZE).to(device)
-        self.queries = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE)
-        decode_config = DecodeConfig(self.kv_cache, policy.layout, GROUP, None, SIZE**-0.5, 8)
+        self.queries = torch.randn(LAYERS, PROMPT + ANSWER, HEADS * GROUP, SIZE)
+        decode_config = DecodeConfig(
+            self.kv_cache, policy.layout, GROUP, None, SIZE**-0.5, 8, LEASES
+        )
+        reader = ReadConfig(self.kv_cache, policy.layout, None)
         compressor = Compressor(
             policy.layout,
             LOSSES[config.loss],
@@ -67,11 +81,11 @@ class Worker:
             policy,
             compressor,
             kernel or CpuDecode(decode_config),
-            SdpaPrefill(),
+            choose_prefill("sdpa", reader, torch.float32)[1] if device == "cpu" else NoPrefill(),
             self.kv_cache,
             HEADS * GROUP,
             torch.float32,
-            StepLimits(512, 8, graph_tokens),
+            StepLimits(512, 8, LEASES, graph_tokens),
             SimpleNamespace(request_ids=lambda batch: self.batch_ids),
         )
         self.device = torch.device(device)
@@ -128,9 +142,9 @@ class Worker:
 
     def lease(self):
         """Bytes of the prompt's lease."""
-        plan = self.runtime.policy.plan(PROMPT, None)
+        (segment,) = self.runtime.policy.plan(PROMPT).prompt_segments
         row = self.batch_ids.index("a")
-        blocks = self.table[row, plan.first_lease_block : plan.tail_block].long()
+        blocks = self.table[row, slice(*segment.lease)].long()
         return self.kv_cache[blocks].view(torch.uint8)
 
 
@@ -146,6 +160,80 @@ def test_any_chunks_give_the_same_lease(whole, chunks, graph_tokens):
     worker = Worker(graph_tokens).prefill(chunks)
     assert worker.runtime.totals.prompts == 1
     assert torch.equal(worker.lease(), whole.lease())
+
+
+def answer(graph_tokens, chunks, tokens=150):
+    """A worker that compresses an answer in segments of 64 tokens, after so many of them."""
+    worker = Worker(graph_tokens, segment_tokens=64)
+    worker.table = torch.randperm(BLOCKS)[:30].int().repeat(8, 1)
+    worker.prefill(chunks)
+    for length in range(PROMPT + 1, PROMPT + tokens + 1):
+        with worker.runtime.step(set(), set(), []):
+            metadata = worker.runtime.begin_step(worker.batch(["a"], [1], [length]))
+            worker.forward(metadata, worker.queries[:, length - 1 : length])
+    return worker
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 8])
+def test_answers_are_compressed_where_they_lie(graph_tokens):
+    """Each segment as by itself, whatever was compressed before it."""
+    whole, worker = Worker(segment_tokens=64), answer(graph_tokens, [PROMPT])
+    segments = list(islice(worker.runtime.policy.plan(PROMPT).segments(), 3))
+    assert [segment.part for segment in segments] == ["prompt", "answer", "answer"]
+    compressor = worker.runtime._runner._compressor
+    for segment in segments:
+        row = worker.table[0].long()
+        blocks = row[segment.first_block : segment.loaded_end]
+        load = [
+            load_tokens(
+                whole.kv_cache[:, layer * HEADS : (layer + 1) * HEADS],
+                blocks,
+                segment.loaded_tokens,
+                torch.float32,
+            )
+            for layer in range(LAYERS)
+        ]
+        window = whole.queries[:, segment.window_start : segment.ripe_at].transpose(1, 2)
+        expected = compressor.compress(load.__getitem__, window.contiguous(), segment).pages
+        lease = worker.kv_cache[row[slice(*segment.lease)]].view(torch.uint8)
+        assert torch.equal(lease.flatten(), expected.flatten())
+    totals = worker.runtime.status()["totals"]
+    assert (totals["prompts"], totals["segments"]) == (1, 3)
+
+
+def test_segments_that_ripen_together_are_spread_over_steps_and_none_is_late():
+    """Forty answers in lock step: the scheduler counts with SLACK_TOKENS steps."""
+    policy = Worker(segment_tokens=64).runtime.policy
+    segment = next(policy.plan(1).segments())
+    done = []
+    runner = CompressionRunner(policy, None, torch.zeros(1))
+    runner._compress = lambda one: done.append((one.held, one.held.computed_tokens))
+    requests = [HeldRequest(CompressionRequest(str(i), 1), policy.plan(1)) for i in range(40)]
+    for request in requests:
+        request.computed_tokens = segment.ripe_at
+        runner.add(request, segment, torch.zeros(1))
+    most = 0
+    while len(done) < len(requests):
+        before = len(done)
+        runner.run({"3"} if before == 0 else set())
+        most = max(most, len(done) - before)
+        requests = [r for r in requests if r.request.request_id != "3"]
+        for request in requests:
+            request.computed_tokens += 1
+    assert most == 2
+    assert all(computed <= segment.due_at for _, computed in done)
+
+
+def test_a_preempted_request_begins_again():
+    worker = answer(0, [PROMPT])
+    held = worker.runtime._table["a"]
+    leases = list(held.leases)
+    assert len(leases) == 3
+    with worker.runtime.step(set(), {"a"}, []):
+        metadata = worker.runtime.begin_step(worker.batch(["a"], [400], [400]))
+        assert metadata.decode is None
+    with worker.runtime.step(set(), set(), []):
+        assert held.leases == leases[:2]  # all that is ripe, for its tokens came at once
 
 
 def test_the_workers_steps_end_prompts_in_inference_mode():
@@ -276,14 +364,15 @@ def test_warm_up_runs_every_kernel_and_leaves_the_cache_alone():
         worker.runtime.warm_up(PROMPT)
     # Up to the largest graph, with the queries kept as well.
     decodes = [(1, False), (1, True), (2, False), (2, True), (4, False), (4, True), (8, False)]
-    assert seen == [*decodes, worker.runtime.policy.plan(PROMPT, None)]
+    assert seen == [*decodes, *worker.runtime.policy.sample_segments(PROMPT)]
     assert torch.equal(worker.kv_cache, before)
 
 
-def test_windows_of_all_prompts_that_may_end_at_once():
+def test_windows_of_all_segments_that_may_ripen_at_once():
     worker = Worker()
     one = LAYERS * HEADS * GROUP * 16 * SIZE * 4
-    assert worker.runtime.window_bytes == 3 * one  # 512 tokens hold two prompts of 256, and an end
+    # Of every request's next segment, and 512 tokens hold two prompts of 256.
+    assert worker.runtime.window_bytes == (8 + 2) * one
 
 
 def test_orders_of_both_runners():
@@ -309,14 +398,18 @@ def test_compressions_of_the_warm_up_are_not_counted():
     worker = Worker().prefill([PROMPT])
     recorder = counted(worker)
     assert worker.runtime.status()["totals"]["prompts"] == 0
-    assert recorder.value(LEASE_BYTES) == recorder.value(COMPRESSED_TOKENS, format="i4") == 0
+    assert (
+        recorder.value(LEASE_BYTES)
+        == recorder.value(COMPRESSED_TOKENS, format="i4", part="prompt")
+        == 0
+    )
 
 
 def test_a_lease_is_counted_while_its_request_lives():
     worker = Worker()
     recorder = counted(worker)
     worker.prefill([PROMPT])
-    lease_blocks = worker.runtime.policy.plan(PROMPT, None).num_lease_blocks
+    lease_blocks = worker.runtime.policy.plan(PROMPT).prompt_segments[0].num_lease_blocks
     block_bytes = LAYERS * HEADS * worker.runtime.policy.geometry.page_bytes
     assert recorder.value(LEASE_BYTES) == lease_blocks * block_bytes
     (request,) = worker.runtime.status()["requests"]
@@ -333,9 +426,9 @@ def test_numbers_that_come_after_a_preemption_count_no_lease(monkeypatch):
     with monkeypatch.context() as slow:
         slow.setattr(Stopwatch, "finished", False)  # as a GPU that has not caught up
         worker.prefill([PROMPT])
-        assert recorder.value(COMPRESSED_TOKENS, format="i4") == 0
+        assert recorder.value(COMPRESSED_TOKENS, format="i4", part="prompt") == 0
         with worker.runtime.step(set(), {"a"}, []):
             pass
     assert worker.runtime.status()["totals"]["prompts"] == 1
-    assert recorder.value(COMPRESSED_TOKENS, format="i4") > 0
+    assert recorder.value(COMPRESSED_TOKENS, format="i4", part="prompt") > 0
     assert recorder.value(LEASE_BYTES) == 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.core.plan import SLACK_TOKENS, Segment
+from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.core.prompt import LoadLayer, PagedTokens
 from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
@@ -26,17 +26,16 @@ class _Ripe:
     blocks: torch.Tensor
 
     @property
-    def due(self) -> bool:
-        """Whether it has to be compressed now: the scheduler may free its blocks."""
-        return self.held.computed_tokens >= self.segment.due_at
+    def steps_left(self) -> int:
+        """Steps, this one included, until it is due: then the scheduler may free its blocks."""
+        return max(1, self.segment.due_at - self.held.computed_tokens + 1)
 
 
 class CompressionRunner:
     """Compresses segments where they lie.
 
-    Those that are due at once; of the others, which ripened while answers were generated, so many
-    a step that none of them is ever due: as the scheduler counts with :data:`SLACK_TOKENS` steps,
-    the first in line and a share of the line.
+    Each before it is due, and where many ripen together while answers are generated, as few a step
+    as that takes.
 
     Args:
         policy: the settings applied to the model.
@@ -75,18 +74,18 @@ class CompressionRunner:
         self._ripe.append(_Ripe(held, segment, blocks))
 
     def run(self, gone: set[str]) -> None:
-        """Compress what is due and a share of the rest, but nothing of a request that is gone."""
+        """Compress what is due and some of the rest, but nothing of a request that is gone."""
         for record in self._records:
             record.resident &= record.request_id not in gone
         if self._metrics is not None:
             self._metrics.released(gone)
         line = [one for one in self._ripe if one.held.request.request_id not in gone]
-        due = [one for one in line if one.due]
-        waiting = [one for one in line if not one.due]
-        share = -(-len(waiting) // SLACK_TOKENS)
-        for ripe in [*due, *waiting[:share]]:
+        line.sort(key=lambda one: one.steps_left)  # a request's own stay in their order
+        # So many that each of them has its turn in time if every step takes as many.
+        share = max((-(-i // one.steps_left) for i, one in enumerate(line, 1)), default=0)
+        for ripe in line[:share]:
             self._compress(ripe)
-        self._ripe = waiting[share:]
+        self._ripe = line[share:]
 
     def _compress(self, ripe: _Ripe) -> None:
         held, segment = ripe.held, ripe.segment

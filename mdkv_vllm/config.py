@@ -33,6 +33,7 @@ PRESETS = ("default", "paper")
 KERNELS = ("auto", "autotune", "cpu", "triton", "cuda")
 PREFILLS = ("auto", "flash", "xformers", "sdpa")
 MAX_WINDOW = 1024
+MIN_SEGMENT_TOKENS = 64
 MAX_HEAD_POWER = 4
 MAX_HEAD_SIZE = 1024
 """Ranks in ``formats`` are below it; the model's own head size is checked when it is known."""
@@ -78,7 +79,7 @@ class MixedDimConfig:
         window: tokens behind a segment whose queries score it, 1 to 1024; of a prompt's last
             segment the prompt's last ones, which stay full.
         segment_tokens: tokens of a segment of an answer, and of a long prompt; a multiple of the
-            block size, and no less than ``window``.
+            block size, from 64.
         segments: ``prompt`` compresses each prompt as one segment when it has been prefilled;
             ``rolling`` by ``segment_tokens``, while it is being prefilled; ``auto`` rolls prompts
             of more than 8,192 tokens.
@@ -130,7 +131,7 @@ class MixedDimConfig:
         _check_budget("mixeddim.budget", self.budget)
         _check_budget_tokens("mixeddim.budget_tokens", self.budget_tokens)
         _check_int("mixeddim.window", self.window, 1, MAX_WINDOW)
-        _check_int("mixeddim.segment_tokens", self.segment_tokens, max(64, self.window), None)
+        _check_int("mixeddim.segment_tokens", self.segment_tokens, MIN_SEGMENT_TOKENS, None)
         _check_choice("mixeddim.segments", self.segments, tuple(rule.value for rule in Rule))
         _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
         _check_choice("mixeddim.loss", self.loss, tuple(LOSSES))

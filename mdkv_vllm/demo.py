@@ -220,7 +220,8 @@ def _report_of(url: str, request_id: str) -> dict[str, Any]:
         recent = _get(f"{url}/mixeddim/status")["recent"]
     except urllib.error.HTTPError:
         return {}
-    return next((r for r in reversed(recent) if r["request_id"].startswith(request_id)), {})
+    of_prompts = (r for r in reversed(recent) if r["part"] == "prompt")
+    return next((r for r in of_prompts if r["request_id"].startswith(request_id)), {})
 
 
 @contextmanager

@@ -19,11 +19,14 @@ from mdkv_vllm.config import (
     MAX_HEAD_POWER,
     MAX_HEAD_SIZE,
     MAX_WINDOW,
+    MIN_SEGMENT_TOKENS,
     PREFILLS,
     PRESETS,
+    PROMPT_BASIS,
 )
 from mdkv_vllm.core.formats import CODE_ZERO
 from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.core.plan import Rule
 
 _SET = {"not": {"type": "null"}}
 """Schema of a setting that is given: null means the default."""
@@ -43,6 +46,8 @@ def settings_schema() -> dict[str, Any]:
             "budget": _above_0(1),
             "budget_tokens": {"type": ["integer", "null"], "minimum": 1},
             "window": {"type": "integer", "minimum": 1, "maximum": MAX_WINDOW},
+            "segment_tokens": {"type": "integer", "minimum": MIN_SEGMENT_TOKENS},
+            "segments": {"enum": [rule.value for rule in Rule]},
             "formats": {"anyOf": [{"enum": list(PRESETS)}, _format_list()]},
             "basis": {"type": ["string", "null"], "minLength": 1},
             "heads": {"type": ["string", "null"], "minLength": 1},
@@ -58,6 +63,10 @@ def settings_schema() -> dict[str, Any]:
             {
                 "if": _given("basis"),
                 "then": {"properties": {"formats": _ranked()}, "required": ["formats"]},
+            },
+            {
+                "if": _given("basis") | {"properties": {"basis": {"const": PROMPT_BASIS}}},
+                "then": {"properties": {"segments": {"not": {"const": Rule.ROLLING.value}}}},
             },
             {
                 "if": {"properties": {"heads": {"const": EVEN_HEADS}}, "required": ["heads"]},

@@ -86,7 +86,8 @@ def capacity(policy: Policy, cache_bytes: int, load: Load) -> Capacity:
     kept, prefilled = full, -(-load.prompt // size)
     if isinstance(plan, RequestPlan):
         longest = load.prompt + load.answer
-        kept = plan.peak_blocks(load.prompt, longest, 1)
+        answered = plan.peak_blocks(load.prompt, longest, 1)
+        kept = max(plan.blocks_held(load.prompt), answered)
         prefilled = plan.peak_blocks(0, load.prompt, PREFILL_CHUNK)
     # One block is vLLM's null block, which is never lent.
     blocks = max(cache_bytes // block_bytes - 1, 0)

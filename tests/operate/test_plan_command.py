@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from mdkv_vllm.cli import main
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.core.plan import LeasePlan
+from mdkv_vllm.core.plan import RequestPlan
 from mdkv_vllm.operate.model_sizes import read_model_sizes
 from mdkv_vllm.operate.plan import Load, capacity, parse_bytes, policy_for
 
@@ -32,7 +32,7 @@ def fits(policy, blocks, load, requests, prefilling):
     size = policy.geometry.block_size
     plan = policy.plan(load.prompt)
     longest = -(-(load.prompt + load.answer) // size)
-    kept = longest - (plan.first_lease_block if isinstance(plan, LeasePlan) else 0)
+    kept = longest - (plan.first_lease_block if isinstance(plan, RequestPlan) else 0)
     prompt = -(-load.prompt // size)
     return (requests - prefilling) * kept + prefilling * prompt <= blocks
 
@@ -45,7 +45,7 @@ def test_one_more_would_not_fit(tmp_path_factory, prompt, answer, gib, budget, r
     folder = tmp_path_factory.mktemp("model")
     (folder / "config.json").write_text(json.dumps(LLAMA_8B))
     sizes = read_model_sizes(str(folder))
-    policy = policy_for(sizes, MixedDimConfig(budget=budget), 16, torch.bfloat16, ranks)
+    policy = policy_for(sizes, MixedDimConfig(budget=budget), 16, torch.bfloat16, ranks, False)
     load = Load(prompt, answer)
     result = capacity(policy, int(gib * 2**30), load)
     longest = -(-(prompt + answer) // 16)
@@ -65,7 +65,7 @@ def test_one_more_would_not_fit(tmp_path_factory, prompt, answer, gib, budget, r
 def test_a_block_of_llama_8b_has_the_size_it_is_known_for(folder):
     """128 KiB per token: 32 layers, 8 heads, 128 dimensions, K and V, 2 bytes."""
     policy = policy_for(
-        read_model_sizes(str(folder)), MixedDimConfig(budget=1), 16, torch.bfloat16, 1
+        read_model_sizes(str(folder)), MixedDimConfig(budget=1), 16, torch.bfloat16, 1, False
     )
     assert capacity(policy, 1001 * 16 * 128 * 1024, Load(16_000, 0)).full == 1
 
@@ -136,3 +136,17 @@ def test_no_model(tmp_path, capsys):
     broken.write_text(json.dumps(LLAMA_8B | {"kv_lora_rank": 512}))
     assert main(["plan", str(tmp_path), *common]) == 2
     assert "MLA" in capsys.readouterr().err
+
+
+def test_answers_are_compressed_where_heads_have_scores(folder):
+    """And prompts longer than one segment are never held whole."""
+    sizes, config = read_model_sizes(str(folder)), MixedDimConfig(budget=0.25)
+    load, memory = Load(2048, 32_768), 4 << 30
+    with_scores, without = (
+        capacity(policy_for(sizes, config, 16, torch.bfloat16, 1, scores), memory, load)
+        for scores in (True, False)
+    )
+    assert without.kept_blocks == (32_768 + 512) // 16
+    assert 0.25 * with_scores.full_blocks < with_scores.kept_blocks < 0.3 * with_scores.full_blocks
+    long = capacity(policy_for(sizes, config, 16, torch.bfloat16, 1, True), memory, Load(60_000, 1))
+    assert long.prefill_blocks < 0.45 * long.full_blocks

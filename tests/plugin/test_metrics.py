@@ -34,7 +34,17 @@ from mdkv_vllm.policy import Policy
 LABELS = {"model_name": "m", "engine": "0"}
 POLICY = Policy(MixedDimConfig(), PageGeometry(16, 64, torch.bfloat16), 2, 2)
 REPORT = CompressionReport(
-    "r1", 320, 20, 5, 3, 0.25, {"drop": 500, "i4": 400, "i8": 200, "full": 100}, 0.02
+    "r1",
+    320,
+    "prompt",
+    0,
+    304,
+    20,
+    5,
+    3,
+    0.25,
+    {"drop": 500, "i4": 400, "i8": 200, "full": 100},
+    0.02,
 )
 
 
@@ -72,7 +82,7 @@ def record_one(folder, rank, ranks, kv_heads, labels=LABELS):
 def test_ranks_add_up_their_heads_and_bytes_but_not_their_seconds(tmp_path):
     record_one(tmp_path, 0, 2, 4)
     in_another_process(record_one, tmp_path, 1, 2, 4)
-    assert value(tmp_path, "mixeddim:compressed_tokens_total", format="i4") == 800
+    assert value(tmp_path, "mixeddim:compressed_tokens_total", format="i4", part="prompt") == 800
     assert value(tmp_path, "mixeddim:lease_bytes") == 2 * 3 * 4 * POLICY.geometry.page_bytes
     assert value(tmp_path, "mixeddim:compression_seconds_count") == 1
     infos = [v for k, v in served(tmp_path).items() if k[0] == "mixeddim:config_info"]
@@ -83,7 +93,7 @@ def test_a_rank_that_holds_copies_counts_nothing(tmp_path):
     """Four ranks, two KV heads: ranks 1 and 3 hold copies."""
     for rank in range(4):
         in_another_process(record_one, tmp_path, rank, 4, 2)
-    assert value(tmp_path, "mixeddim:compressed_tokens_total", format="full") == 200
+    assert value(tmp_path, "mixeddim:compressed_tokens_total", format="full", part="prompt") == 200
 
 
 def test_engines_are_told_apart(tmp_path):
@@ -91,7 +101,7 @@ def test_engines_are_told_apart(tmp_path):
     in_another_process(record_one, tmp_path, 0, 1, 2, LABELS | {"engine": "1"})
     for engine in "01":
         name = "mixeddim:compressed_tokens_total"
-        assert value(tmp_path, name, engine=engine, format="i8") == 200
+        assert value(tmp_path, name, engine=engine, format="i8", part="prompt") == 200
 
 
 def test_a_dead_process_leaves_its_counts_and_not_its_leases(tmp_path):
@@ -99,7 +109,7 @@ def test_a_dead_process_leaves_its_counts_and_not_its_leases(tmp_path):
     assert value(tmp_path, "mixeddim:lease_bytes") > 0
     worker(tmp_path)
     assert value(tmp_path, "mixeddim:lease_bytes") == 0
-    assert value(tmp_path, "mixeddim:compressed_tokens_total", format="full") == 100
+    assert value(tmp_path, "mixeddim:compressed_tokens_total", format="full", part="prompt") == 100
 
 
 def test_histograms_are_cumulative_and_start_at_zero(tmp_path):
@@ -117,9 +127,10 @@ def test_leases_are_gone_with_their_requests():
     recorder, metrics = worker()
     metrics.record_compression(REPORT)
     metrics.record_compression(replace(REPORT, request_id="r2"))
-    metrics.record_compression(REPORT)  # preempted and compressed again, or reported twice
+    metrics.record_compression(replace(REPORT, part="answer"))
     one = 3 * 4 * POLICY.geometry.page_bytes
-    assert recorder.value(LEASE_BYTES) == 2 * one
+    assert recorder.value(LEASE_BYTES) == 3 * one
+    assert recorder.value(COMPRESSED_TOKENS, format="i4", part="answer") == 400
     metrics.released({"r1", "never seen"})
     assert recorder.value(LEASE_BYTES) == one
     metrics.released({"r2"})
@@ -129,7 +140,7 @@ def test_leases_are_gone_with_their_requests():
 def test_numbers_may_come_after_the_request_has_gone():
     recorder, metrics = worker()
     metrics.record_compression(REPORT, resident=False)
-    assert recorder.value(COMPRESSED_TOKENS, format="full") == 100
+    assert recorder.value(COMPRESSED_TOKENS, format="full", part="prompt") == 100
     assert recorder.value(LEASE_BYTES) == 0
 
 

@@ -123,6 +123,6 @@ def _export_span(report: CompressionReport) -> None:
             "mixeddim.first_token": report.first_token,
             "mixeddim.end_token": report.end_token,
             "mixeddim.full_blocks": report.full_blocks,
-            "mixeddim.lease_blocks": report.lease_blocks,
+            "mixeddim.kept_blocks": report.kept_blocks,
         },
     )

@@ -25,8 +25,11 @@ class CompressionReport:
         part: of what the segment is, ``prompt`` or ``answer``.
         first_token: position of the segment's first token.
         end_token: the position behind its last.
-        full_blocks: blocks the segment held before.
-        lease_blocks: blocks it holds after.
+        full_blocks: blocks from its first to that of the last token that its compression read, the
+            prompt's last for a prompt's last segment, before.
+        kept_blocks: of those after.
+        lease_blocks: blocks of the lease.
+        kept_share: bytes kept of those tokens over their full bytes.
         tokens: per format, tokens kept over all layers and heads, dropped ones included.
         seconds: how long it took, on a GPU by the GPU's own clock.
     """
@@ -37,7 +40,9 @@ class CompressionReport:
     first_token: int
     end_token: int
     full_blocks: int
+    kept_blocks: int
     lease_blocks: int
+    kept_share: float
     tokens: dict[str, int]
     seconds: float
 
@@ -56,7 +61,7 @@ class Totals:
         """Count one compression."""
         self.prompts += report.part == "prompt" and report.first_token == 0
         self.segments += 1
-        self.blocks_returned += report.full_blocks - report.lease_blocks
+        self.blocks_returned += report.full_blocks - report.kept_blocks
         self.seconds += report.seconds
         self.recent = [*self.recent[-_RECENT + 1 :], report]
 
@@ -136,14 +141,18 @@ class CompressionRecord:
         per_format = dict(zip(names, self._tokens.tolist(), strict=True))
         held = segment.span_tokens * layout.pages_per_block
         per_format["drop"] = held - sum(per_format.values())
+        full = segment.loaded_end - segment.first_block
+        freed = segment.num_blocks - segment.num_lease_blocks
         return CompressionReport(
             self.request_id,
             self._request.prompt_tokens,
             segment.part,
             segment.first_token,
             segment.end_token,
-            segment.num_blocks,
+            full,
+            full - freed,
             segment.num_lease_blocks,
+            1 - freed * segment.block_size / segment.loaded_tokens,
             per_format,
             seconds,
         )

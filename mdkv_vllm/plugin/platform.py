@@ -30,6 +30,7 @@ class MixedDimPlatform(Platform):
 
     worker_class: ClassVar[str]
     _request_config: ClassVar[MixedDimConfig | None] = None
+    _served: ClassVar[VllmConfig | None] = None
 
     @classmethod
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:  # type: ignore[no-untyped-def] # noqa: ANN001
@@ -57,6 +58,7 @@ class MixedDimPlatform(Platform):
         from mdkv_vllm.plugin.metrics.directory import expose_metrics
         from mdkv_vllm.plugin.validation import refuse_unsupported
 
+        cls._served = vllm_config
         cls._request_config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
         refuse_unsupported(vllm_config, cls.device_type)
         expose_metrics()
@@ -82,6 +84,9 @@ class MixedDimPlatform(Platform):
         """Check a request's ``mixeddim_*`` fields."""
         super().validate_request(processed_inputs, params)
         if cls._request_config is not None:
-            from mdkv_vllm.plugin.validation import admit
+            from mdkv_vllm.plugin.validation import Room, admit
 
-            admit(params, cls._request_config, on_gpu=cls.device_type == "cuda")
+            assert cls._served is not None
+            room = Room.of(cls._served, on_gpu=cls.device_type == "cuda")
+            tokens = len(processed_inputs.get("prompt_token_ids") or ())
+            admit(params, cls._request_config, room, tokens)

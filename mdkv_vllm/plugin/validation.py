@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
@@ -138,13 +140,42 @@ def refuse_spec(spec: KVCacheSpec) -> None:
         )
 
 
-def admit(params: object, config: MixedDimConfig, on_gpu: bool = False) -> None:
+@dataclass(frozen=True)
+class Room:
+    """What a request may take.
+
+    Attributes:
+        on_gpu: whether memory was set aside for compressing to the server's budget at most.
+        tokens: that the cache holds at full size; None where that is not known.
+        longest: tokens of a request at most.
+    """
+
+    on_gpu: bool = False
+    tokens: int | None = None
+    longest: int = 0
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig, on_gpu: bool) -> Room:
+        """That of a server, after its engine has sized the cache."""
+        cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+        tokens = None
+        if cache.num_gpu_blocks:
+            # Of all engines together; one block is vLLM's null block, which is never lent.
+            blocks = cache.num_gpu_blocks // parallel.data_parallel_size - 1
+            tokens = blocks * cache.block_size
+        return cls(on_gpu, tokens, vllm_config.model_config.max_model_len)
+
+
+def admit(
+    params: object, config: MixedDimConfig, room: Room = Room(), prompt_tokens: int = 0
+) -> None:
     """Check a request's ``mixeddim_*`` fields.
 
     Args:
         params: the request's parameters.
         config: the server's settings.
-        on_gpu: whether memory was set aside for compressing to the server's budget at most.
+        room: what the server has.
+        prompt_tokens: length of the request's prompt.
 
     Raises:
         VLLMValidationError: a field is unknown or out of range; vLLM answers HTTP 400 with
@@ -162,27 +193,41 @@ def admit(params: object, config: MixedDimConfig, on_gpu: bool = False) -> None:
             f"{REQUEST_BUDGET} 1.0, or none",
             parameter="vllm_xargs",
         )
-    if budget is not None and on_gpu and _takes_more_memory(budget, config.default_budget):
+    larger = budget is not None and _may_exceed(budget, config.default_budget, whole=True)
+    most = min(room.longest, prompt_tokens + (params.max_tokens or room.longest))
+    if larger and room.tokens is not None and most > room.tokens:
+        raise VLLMValidationError(
+            f"this request's budget may keep up to {most} tokens (prompt and max_tokens) at full "
+            f"size; this server's KV cache holds {room.tokens}, which is enough for its own budget "
+            "alone; allowed are that budget, a smaller one, or fewer tokens",
+            parameter="vllm_xargs",
+        )
+    if budget is not None and room.on_gpu and _takes_more_memory(budget, config.default_budget):
         raise VLLMValidationError(
             "this request's budget may keep more than the server's, for which alone memory was set "
             "aside on the GPU; allowed are budgets up to the server's in the same unit, or "
             f"{REQUEST_BUDGET} 1.0 for no compression",
             parameter="vllm_xargs",
         )
-    if budget is not None and _may_exceed(budget, config.default_budget):
+    if budget is not None and _may_exceed(budget, config.default_budget, whole=False):
         # The cap on prefix-cache hits assumes the default lease. A larger one reaches further
         # forward and could otherwise cover blocks that other requests share.
         params.skip_reading_prefix_cache = True
 
 
-def _may_exceed(budget: Budget, default: Budget) -> bool:
+def _may_exceed(budget: Budget, default: Budget, whole: bool) -> bool:
     """Whether a budget may lease blocks before the default's lease for some prompt.
 
     So does any budget where the default leases nothing: a share of 1, or more tokens than the
     prompt has.
+
+    Args:
+        budget: a request's own.
+        default: the server's.
+        whole: whether a budget that keeps everything, and leases nothing, counts.
     """
     if budget.share == 1.0:
-        return False
+        return whole
     if budget.share is None or default.share is None or default.share == 1.0:
         return True
     return budget.share > default.share

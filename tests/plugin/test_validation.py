@@ -8,7 +8,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
 
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.plugin.validation import admit
+from mdkv_vllm.plugin.validation import Room, admit
 
 
 def admitted(config, **fields):
@@ -65,7 +65,7 @@ def test_no_budget_where_compression_is_off():
 def test_gpus_hold_memory_for_the_servers_budget_alone(default, fields, refused):
     params = SamplingParams(extra_args=fields)
     if not refused:
-        admit(params, MixedDimConfig(**default), on_gpu=True)
+        admit(params, MixedDimConfig(**default), Room(on_gpu=True))
         return
     with pytest.raises(VLLMValidationError, match=r"may keep more.*allowed are"):
-        admit(params, MixedDimConfig(**default), on_gpu=True)
+        admit(params, MixedDimConfig(**default), Room(on_gpu=True))

@@ -1,0 +1,63 @@
+"""Long answers and long prompts, compressed segment by segment, in memory that holds neither whole."""
+
+import pytest
+from serving import haystack
+from test_offline import generate
+from transformers import AutoTokenizer
+
+pytestmark = pytest.mark.server
+OURS = {"attention_backend": "mixeddim", "kv_cache_dtype": "bfloat16"}
+
+
+def prompt_of(model_folder, tokens, secret):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    return haystack(tokenizer, tokens, secret, 0.3, skip=30_000)
+
+
+def settings(**more):
+    return {"additional_config": {"mixeddim": {"budget": 0.25, **more}}}
+
+
+def test_a_long_answer_is_served_in_less_than_its_full_size(tmp_path, model_folder):
+    """300 + 1,650 tokens are 122 blocks; the cache has 111."""
+    prompt = prompt_of(model_folder, 300, 3141593)
+    result = generate(
+        tmp_path, model_folder, [prompt], max_tokens=1650, max_num_batched_tokens=256,
+        num_gpu_blocks_override=112, **OURS, **settings(segments="rolling"),
+    )  # fmt: skip
+    assert len(result["tokens"][0]) == 1650
+    assert result["preemptions"] == 0
+    assert "3141593" in result["texts"][0]
+    reports = result["ranks"][0]["recent"]
+    assert [report["part"] for report in reports] == ["prompt", "answer", "answer", "answer"]
+    ends = [report["end_token"] for report in reports]
+    assert ends == [ends[0] + 512 * number for number in range(4)]
+    assert 300 - 16 - 16 < ends[0] <= 300 - 16
+    assert result["ranks"][0]["totals"]["segments"] == 4
+
+
+def test_a_prompt_longer_than_the_memory_is_served(tmp_path, model_folder):
+    """3,200 tokens are 200 blocks; the cache has 149."""
+    prompt = prompt_of(model_folder, 3200, 2718281)
+    result = generate(
+        tmp_path, model_folder, [prompt], max_tokens=24, max_model_len=3328,
+        max_num_batched_tokens=256, num_gpu_blocks_override=150, **OURS,
+        **settings(segments="rolling"),
+    )  # fmt: skip
+    assert "2718281" in result["texts"][0]
+    assert result["preemptions"] == 0
+    parts = [report["part"] for report in result["ranks"][0]["recent"]]
+    assert parts == ["prompt"] * 6
+
+
+def test_preempted_answers_are_compressed_again(tmp_path, model_folder):
+    """Six requests whose tails alone do not fit together."""
+    prompts = [prompt_of(model_folder, 300, 3141593 + i) for i in range(6)]
+    result = generate(
+        tmp_path, model_folder, prompts, max_tokens=330, max_model_len=1024,
+        max_num_batched_tokens=256, num_gpu_blocks_override=70, **OURS,
+        **settings(segment_tokens=128),
+    )  # fmt: skip
+    assert result["preemptions"] > 0, "the cache was not tight enough to test anything"
+    assert all(len(tokens) == 330 for tokens in result["tokens"])
+    assert all(str(3141593 + i) in text for i, text in enumerate(result["texts"]))

@@ -21,14 +21,16 @@ struct Leases {
   int pages;      // of the list, in all of them
 };
 
-// Looks through a row's leases, 32 at a time, and writes the extents of a list if there is one.
-// `leases` is the row's, [max_leases, 2]; null for padding.
-MDKV_DEVICE Leases read_leases(const DecodeArgs& args, const int32_t* leases, const int32_t* blocks,
-                               const List* list, int64_t entry, Extent* extents, int lane) {
+// Looks through a row's `most` leases, 32 at a time, and writes the extents of a list if there is
+// one.
+MDKV_DEVICE Leases read_leases(const DecodeArgs& args, const int32_t* leases, int most,
+                               const int32_t* blocks, const List* list, int64_t entry,
+                               Extent* extents, int lane) {
   Leases found = {0, 0, 0};
-  for (int first = 0; first < args.max_leases && leases != nullptr; first += 32) {
+#pragma unroll 1
+  for (int first = 0; first < most; first += 32) {
     const int lease = first + lane;
-    const bool exists = lease < args.max_leases;
+    const bool exists = lease < most;
     const int first_block = exists ? leases[2 * lease] : 0;
     const int end_block = exists ? leases[2 * lease + 1] : 0;
     const uint32_t held = ballot(end_block > 0);

@@ -16,7 +16,8 @@ MDKV_DEVICE void write_record(const DecodeArgs& args, int unit, int query, int k
   const int length = call.lengths[query];
   // The row of padding may be anything.
   const int row = length > 0 ? call.query_rows[query] : 0;
-  const int32_t* leases = length > 0 ? call.leases + int64_t{row} * args.max_leases * 2 : nullptr;
+  const int32_t* leases = call.leases + int64_t{row} * args.max_leases * 2;
+  const int most = length > 0 ? args.max_leases : 0;
   const int32_t* blocks = blocks_of(args, row);
   int32_t* record = args.records + int64_t{unit} * args.record_words;
   const int tail = args.num_lists - 1;
@@ -24,7 +25,8 @@ MDKV_DEVICE void write_record(const DecodeArgs& args, int unit, int query, int k
   for (int list = thread_index() / 32; list < args.num_lists; list += warps) {
     const List* of = list < tail ? &args.lists[list] : nullptr;
     Extent* extents = of ? extents_of(args, unit, list) : nullptr;
-    const Leases found = read_leases(args, leases, blocks, of, head * tail + list, extents, lane);
+    const Leases found =
+        read_leases(args, leases, most, blocks, of, head * tail + list, extents, lane);
     int pages = found.pages;
     if (list == tail) {
       const int full = length - found.end_block * args.block_size;
@@ -52,9 +54,11 @@ MDKV_DEVICE void write_record(const DecodeArgs& args, int unit, int query, int k
 }
 
 constexpr int kPrepareThreads = 128;
+// Of a multiprocessor: more would be bought with registers that the compiler then spills.
+constexpr int kPrepareBlocks = 8;
 
 // Grid: units. Shared memory: a vector of head_size floats per warp, and a word per list.
-__global__ void __launch_bounds__(kPrepareThreads)
+__global__ void __launch_bounds__(kPrepareThreads, kPrepareBlocks)
     prepare_units(const __grid_constant__ DecodeArgs args) {
   const int unit = block_index();
   const UnitPlace place = place_of(args, unit);

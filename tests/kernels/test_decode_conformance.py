@@ -6,6 +6,8 @@ import interpreter
 import pytest
 import torch
 from decode_runners import BF16, FP16, FP32, Case, run_ragged
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mdkv_vllm.testing.leases import EVERY_FORMAT, Model, Request
 
@@ -148,6 +150,23 @@ def test_leases(runner, count):
     ]
     case = Case(runner, model, requests, seed=count)
     case.check([0, 1, 2, 0], [*case.totals, case.totals[0] - 39])
+
+
+ANY_REQUEST = st.builds(
+    Request,
+    st.lists(st.integers(3, 9), max_size=5).map(tuple),
+    st.integers(0, 40),
+    st.integers(0, 3),
+    st.sampled_from([0.0, 0.3, 1.0]),
+).filter(lambda request: request.lease_blocks or request.tail_tokens)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(ANY_REQUEST, min_size=1, max_size=4), st.integers(0, 2**16))
+def test_any_requests(runner, requests, seed):
+    model = Model(("i4", "i8", "r16", "full"), dtype=of(runner), kv_heads=1, max_leases=5)
+    case = Case(runner, model, requests, seed)
+    case.check(list(range(len(requests))), case.totals)
 
 
 def test_lists_of_one_token(runner):

@@ -124,8 +124,8 @@ def test_faulty_kernels_cost_their_own_jobs(environment, tmp_path):
     assert status == 1
     states = {row["job"]: row["state"] for row in of_kind(rows, "ended")}
     assert states["CUDA 64 x 1 bfloat16 i8/full block 4"] == "died: SIGABRT"
-    assert "illegal memory access" in states["CUDA 64 x 1 bfloat16 r8 block 4"]
-    assert "its limit" in states["Triton 64 x 1 bfloat16 r8 block 4"]
+    assert "illegal memory access" in states["CUDA 64 x 1 bfloat16 r8 2 leases block 4"]
+    assert "its limit" in states["Triton 64 x 1 bfloat16 r8 2 leases block 4"]
     assert "relative error" in states["Triton 64 x 1 float16 i8/full block 4"]
     assert states["CUDA 64 x 1 float16 i8/full block 4"] == "ok"
     assert states["Triton 64 x 1 bfloat16 i8/full block 4"] == "ok"
@@ -146,12 +146,13 @@ def test_decode(environment, tmp_path):
     ours = [(row["kernel"], row["holding"], row["layers"]) for row in timed if not row["note"]]
     for kernel in ("Triton", "CUDA"):
         assert [o[1:] for o in ours if o[0] == kernel] == [
-            ("full", 1), ("mixed 0.5", 1), ("full", 3), ("full", 1)
+            ("full", 1), ("mixed 0.5", 1), ("segments 0.5", 1), ("full", 3), ("full", 1)
         ]  # fmt: skip
     assert all(row["microseconds"] > 0 for row in timed if not row["note"])
     notes = {row["kernel"]: row["note"] for row in timed if row["note"]}
     assert "FLASH_ATTENTION_3" in notes["FlashAttention 3, paged"]
     assert "CUDA, full: a layer in a cache of 3 layers takes" in printed
+    assert "CUDA, 2 x 150, segments 0.5: " in printed
     assert "CUDA against Triton: faster in" in printed
 
 
@@ -161,7 +162,7 @@ def test_a_hanging_kernel_leaves_the_other_times(environment, tmp_path):
         environment, tmp_path, "decode", "--deadline", "20", "--plant", *plants
     )
     assert status == 1
-    assert "NOT DONE Triton, tiny, batch 2 x 150, full, mixed 0.5: ended after" in printed
+    assert "NOT DONE Triton, tiny, batch 2 x 150, full, mixed 0.5, segments 0.5: ended" in printed
     assert any(row["kernel"] == "FlashAttention 3, paged" for row in of_kind(rows, "timing"))
 
 

@@ -6,7 +6,7 @@ import interpreter
 import pytest
 import torch
 
-from mdkv_vllm.core.reference import read_lease
+from mdkv_vllm.core.reference import leases_of, read_lease
 from mdkv_vllm.kernels.interface import ReadConfig, Sources
 from mdkv_vllm.kernels.registry import READERS
 from mdkv_vllm.testing.leases import EVERY_FORMAT, Case, Model, Request
@@ -29,17 +29,12 @@ def processes():
         yield {"cpu": None, "triton": running}
 
 
-def expected(case: Case, row: int, head: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a row's lease keeps."""
-    first, end = case.leases[row].tolist()
-    blocks = case.block_table[row, first:end]
-    return read_lease(case.kv_cache, blocks, layer, head, case.layout, case.calibrated)
-
-
-def full(case: Case, row: int, head: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A row's full tokens."""
-    size, first = case.model.block_size, int(case.leases[row, 1])
-    at = torch.arange(first * size, case.totals[row])
+def full(
+    case: Case, row: int, tail: int, head: int, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row's full tokens, from a block on."""
+    size = case.model.block_size
+    at = torch.arange(tail * size, case.totals[row])
     place = layer * case.model.kv_heads + head
     slots = case.kv_cache[case.block_table[row].long()[at // size], place, at % size].double()
     return slots.split(case.model.head_size, -1)
@@ -48,18 +43,23 @@ def full(case: Case, row: int, head: int, layer: int) -> tuple[torch.Tensor, tor
 def check(process: ProcessPoolExecutor | None, name: str, case: Case, layer: int = 1) -> None:
     """Every lease and every tail, in any order, with room between that stays as it is."""
     fields, targets, wanted, at = [], [], [], 2
-    for row, (first, end) in enumerate(case.leases.tolist()):
+    for row, blocks in enumerate(case.block_table):
         for head in range(case.model.kv_heads):
-            if end:
+            end = 0
+            for first, end in leases_of(case.leases, row):
                 fields.append((row, head, first, end, 0))
-                wanted.append(expected(case, row, head, layer))
+                wanted.append(
+                    read_lease(
+                        case.kv_cache, blocks[first:end], layer, head, case.layout, case.calibrated
+                    )
+                )
                 targets.append(at)
                 at += len(wanted[-1][0]) + 3
             tokens = case.totals[row] - end * case.model.block_size
             if tokens:
                 last = end + -(-tokens // case.model.block_size)
                 fields.append((row, head, end, last, tokens))
-                wanted.append(full(case, row, head, layer))
+                wanted.append(full(case, row, end, head, layer))
                 targets.append(at)
                 at += tokens
     order = torch.randperm(len(fields), generator=case.gen)
@@ -87,7 +87,14 @@ def check(process: ProcessPoolExecutor | None, name: str, case: Case, layer: int
         assert (got[between] == 7.0).all(), "written where nothing goes"
 
 
-REQUESTS = [Request(40, 37), Request(0, 20), Request(5, 16, fill=0.0), Request(9, 0, fill=0.5)]
+REQUESTS = [
+    Request(40, 37),
+    Request(0, 20),
+    Request((5, 9), 16, fill=(0.0, 0.9)),
+    Request(9, 0, fill=0.5),
+]
+LEASES = 2
+"""Of a request at most."""
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
@@ -95,14 +102,17 @@ REQUESTS = [Request(40, 37), Request(0, 20), Request(5, 16, fill=0.0), Request(9
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_every_format(processes, name, dtype, rank):
     query_dtype = dtype if name == "triton" else FP32
-    model = Model(EVERY_FORMAT, dtype=dtype, query_dtype=query_dtype, prompt_basis_rank=rank)
+    model = Model(
+        EVERY_FORMAT, dtype=dtype, query_dtype=query_dtype, prompt_basis_rank=rank,
+        max_leases=LEASES,
+    )  # fmt: skip
     check(processes[name], name, Case(model, REQUESTS))
 
 
 @pytest.mark.parametrize("name", ["cpu", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("output", [BF16, FP16])
 def test_types_of_the_model(processes, name, output):
-    model = Model(EVERY_FORMAT, kv_heads=1, dtype=FP32, query_dtype=output)
+    model = Model(EVERY_FORMAT, kv_heads=1, dtype=FP32, query_dtype=output, max_leases=LEASES)
     check(processes[name], name, Case(model, REQUESTS))
 
 
@@ -121,11 +131,13 @@ def test_head_sizes(processes, name, head_size):
 
 @pytest.mark.parametrize("block_size", [8, 32, 128])
 def test_block_sizes(processes, block_size):
-    check(None, "cpu", Case(Model(EVERY_FORMAT, block_size=block_size), REQUESTS))
+    check(
+        None, "cpu", Case(Model(EVERY_FORMAT, block_size=block_size, max_leases=LEASES), REQUESTS)
+    )
 
 
 def test_any_number_of_threads():
-    case = Case(Model(EVERY_FORMAT), REQUESTS)
+    case = Case(Model(EVERY_FORMAT, max_leases=LEASES), REQUESTS)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -147,7 +159,7 @@ def test_any_number_of_threads():
     ],
 )
 def test_what_lies_outside_is_refused(fields, target, message):
-    case = Case(Model(), REQUESTS)
+    case = Case(Model(max_leases=LEASES), REQUESTS)
     sources = Sources(case.block_table, torch.tensor([fields], dtype=torch.int32), 40)
     config = ReadConfig(case.kv_cache, case.layout, case.calibrated)
     keys, values = torch.empty(2, 20, 64)

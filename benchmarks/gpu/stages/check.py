@@ -125,14 +125,15 @@ def _rehearsed_models() -> list[Model]:
     small = Model(("i8", "full"), 64, 1, kv_heads=1, block_size=4, query_dtype=torch.bfloat16)
     return [
         small,
-        replace(small, names=("r8",)),
+        replace(small, names=("r8",), max_leases=2),
         replace(small, dtype=torch.float16, query_dtype=torch.float16),
     ]
 
 
 def _rehearsed_requests(model: Model) -> list[Request]:
     blocks = model.layout().min_blocks + 1
-    return [Request(blocks, 5), Request(0, 37), Request(blocks, 1, freed_blocks=0)]
+    several = (blocks, blocks + 1)[: model.max_leases]
+    return [Request(blocks, 5), Request(0, 37), Request(several, 1, freed_blocks=0)]
 
 
 def _rehearsed_cases() -> tuple[compress_check.Case, ...]:

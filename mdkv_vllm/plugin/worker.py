@@ -202,7 +202,11 @@ def _segments(policy: Policy) -> str:
     """Which tokens are compressed together, in words."""
     config = policy.config
     if not policy.answers:
-        why = "basis: prompt" if policy.prompt_basis else "no head scores, see docs/segments.md"
+        why = (
+            "basis: prompt"
+            if policy.prompt_basis
+            else "no head scores; make them with mdkv head-scores"
+        )
         return f"each prompt as one segment, answers uncompressed ({why})"
     prompts = {
         Rule.PROMPT: "each prompt as one segment,",

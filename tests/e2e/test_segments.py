@@ -1,4 +1,4 @@
-"""Long answers and long prompts, compressed segment by segment, in memory that holds neither whole."""
+"""Long answers and prompts, compressed segment by segment, in memory that holds neither whole."""
 
 import pytest
 from serving import haystack

@@ -32,6 +32,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    # The process that jobs are forked from would else find the checkout before the bundle.
+    "PYTHONSAFEPATH": "1",
 }
 
 

@@ -119,6 +119,7 @@ def _export_span(report: CompressionReport) -> None:
         end_time=end,
         attributes={
             SpanAttributes.GEN_AI_REQUEST_ID: report.request_id,
+            "mixeddim.prompt_tokens": report.prompt_tokens,
             "mixeddim.part": report.part,
             "mixeddim.first_token": report.first_token,
             "mixeddim.end_token": report.end_token,

@@ -13,28 +13,27 @@ serve: setup
 demo: setup
 	$(BIN)/mdkv demo --port $(or $(PORT),8000)
 
-# Files of tests in the order of their names: those that take minutes are not the last ones.
+# Two at a time; files of tests in the order of their names: those that take minutes are not last.
 PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
 
-# Everything that needs no GPU: tests two at a time; then, one by one, those that start servers, whose
-# workers vLLM binds to a core, and those that keep deadlines.
+# Everything that needs no GPU; tests that keep deadlines come after the others, one by one.
 test:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest -m "not server and not alone" $(PAIRS) --durations 10
-	$(BIN)/python -m pytest -m "server or alone" --durations 10
+	$(BIN)/python -m pytest -m "not alone" $(PAIRS) --durations 10
+	$(BIN)/python -m pytest -m alone
 	$(MAKE) test-next-vllm
 
 test-fast:
 	scripts/setup-cpu.sh --dev
 	$(MAKE) lint
-	$(BIN)/python -m pytest -m "not server and not slow and not model" $(PAIRS)
+	$(BIN)/python -m pytest -m "not server and not slow and not model and not alone" $(PAIRS)
 
 # The plugin and one real server on vLLM 0.33, for which the index has no CPU build yet.
 NEXT_VLLM := build/vllm-0.33
 test-next-vllm:
 	$(BIN)/python tests/overlay/make_overlay.py 0.33.0 $(NEXT_VLLM)
-	PYTHONPATH=$(NEXT_VLLM) $(BIN)/python -m pytest tests/plugin tests/e2e/test_server.py
+	PYTHONPATH=$(NEXT_VLLM) $(BIN)/python -m pytest tests/plugin tests/e2e/test_server.py $(PAIRS)
 
 lint:
 	$(BIN)/ruff check .

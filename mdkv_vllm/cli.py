@@ -100,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     top = commands.add_parser("top", help="watch a running server")
     add_top_arguments(top)
 
-    demo = commands.add_parser("demo", help="ask a server about a long document")
+    demo = commands.add_parser(
+        "demo", help="show what a server does with a long document and a long answer"
+    )
     demo.add_argument("--url", help="the server's address (default: this machine's, or a new one)")
     demo.add_argument(
         "--port", type=int, default=8000, help="this machine's server (default: %(default)s)"
@@ -236,7 +238,7 @@ def _prompt(path: str) -> str:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from mdkv_vllm.demo import run_demo
+    from mdkv_vllm.demo.command import run_demo
 
     return run_demo(options.url, options.port, Console())
 

@@ -1,4 +1,6 @@
-"""Shared settings: fixed seeds, and hypothesis without wall-clock deadlines (noisy machines)."""
+"""Shared settings: fixed seeds, one thread a process where several run, no deadlines."""
+
+import os
 
 import hypothesis
 import pytest
@@ -6,6 +8,10 @@ import torch
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=60)
 hypothesis.settings.load_profile("default")
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for each other
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

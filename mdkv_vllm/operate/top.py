@@ -12,6 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mdkv_vllm.core.plan import PARTS
 from mdkv_vllm.operate.scrape import Scrape, ServerAddress
 
 _BAR = 24
@@ -91,6 +92,8 @@ def _numbers(before: Scrape, now: Scrape) -> Table:
     seconds = now.total("mixeddim:compression_seconds_sum")
     compressions = now.total("mixeddim:compression_seconds_count")
     engines = len(now.samples.get("vllm:kv_cache_usage_perc", ())) or 1
+    parts = now.by_label("mixeddim:segments_compressed_total", "part")
+    segments = {part: parts.get(part, 0.0) for part in PARTS}
     skipped = now.by_label("mixeddim:prompts_skipped_total", "reason")
     reasons = ", ".join(f"{name} {count:.0f}" for name, count in skipped.items() if count)
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -117,6 +120,10 @@ def _numbers(before: Scrape, now: Scrape) -> Table:
             f"{now.total('mixeddim:prompts_compressed_total'):.0f} compressed, "
             f"{sum(skipped.values()):.0f} skipped" + (f" ({reasons})" if reasons else ""),
         ),
+        (
+            "segments",
+            f"{segments['prompt']:.0f} of prompts and {segments['answer']:.0f} of answers compressed",
+        ),
         ("blocks given back", f"{now.total('mixeddim:blocks_returned_total'):.0f}"),
         (
             "compression",
@@ -141,11 +148,15 @@ def _requests(requests: list[dict[str, Any]]) -> Table:
     table.add_column("request")
     table.add_column("prompt tokens", justify="right")
     table.add_column("share of prompt kept once compressed", justify="right")
+    table.add_column("tokens", justify="right")
+    table.add_column("segments", justify="right")
     for request in requests[:_MOST_REQUESTS]:
         table.add_row(
             Text(request["request_id"]),
             f"{request['prompt_tokens']:,}",
             f"{request['planned_share']:.1%}",
+            f"{request['computed_tokens']:,}",
+            str(request["compressed_segments"]),
         )
     return table
 

@@ -7,6 +7,7 @@ freed blocks keep their hash.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,10 +17,46 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from mdkv_vllm.core.plan import RequestPlan, Segment, SkipReason
+from mdkv_vllm.core.admission import Growth, most_growth
+from mdkv_vllm.core.plan import SLACK_TOKENS, RequestPlan, Segment, SkipReason
 from mdkv_vllm.plugin.compat import remove_blocks
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
 from mdkv_vllm.request import CompressionRequest, without_compression
+
+
+@dataclass
+class _Resident:
+    """A request that holds blocks.
+
+    Attributes:
+        plan: its segments, or why it has none.
+        unfreed: those that come after ``due``.
+        due: the next one that gives blocks back.
+        ends_at: tokens that it has at most.
+        computed: tokens that are known to be computed.
+        freed: blocks that it has given back.
+    """
+
+    plan: RequestPlan | SkipReason
+    unfreed: Iterator[Segment]
+    due: Segment | None
+    ends_at: int
+    computed: int = 0
+    freed: int = 0
+
+    def growth(self, blocks: int) -> Growth:
+        """What is to come of it.
+
+        Args:
+            blocks: of its table, those given back among them.
+        """
+        left = max(0, self.ends_at - self.computed)
+        return _growth(blocks - self.freed, left, self.computed, self.due)
+
+    def free(self, segment: Segment) -> None:
+        """Go on to the segment behind one whose blocks are given back."""
+        self.freed += _freed(segment)
+        self.due = next(self.unfreed, None)
 
 
 class MixedDimManager(FullAttentionManager):
@@ -33,9 +70,7 @@ class MixedDimManager(FullAttentionManager):
         # cache_blocks is the one call that shows a manager the request itself, and vLLM makes
         # it only where caching is enabled; whether blocks are hashed is decided below.
         self.enable_caching = True
-        self._plans: dict[str, RequestPlan | SkipReason] = {}
-        self._unfreed: dict[str, Iterator[Segment]] = {}
-        self._next_due: dict[str, Segment] = {}
+        self._residents: dict[str, _Resident] = {}
         self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
         self._metrics = SchedulerMetrics(self._policy)
 
@@ -52,13 +87,14 @@ class MixedDimManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Hash the request's full blocks, but none from its first lease on."""
-        if request.request_id not in self._plans:
+        if request.request_id not in self._residents:
             parsed = _parse(request)
             decided = self._decide(request, parsed)
-            self._plans[request.request_id] = decided
-            if isinstance(decided, RequestPlan):
-                self._unfreed[request.request_id] = decided.segments()
-                self._advance(request.request_id)
+            segments = _segments(decided)
+            ends_at = request.num_prompt_tokens + request.max_tokens
+            self._residents[request.request_id] = _Resident(
+                decided, segments, next(segments, None), ends_at
+            )
             if self._seen.get(id(request.block_hashes)) is not request:  # not a resumed one
                 share = self._policy.share(parsed.prompt_tokens, parsed.budget)
                 self._metrics.decided(share, decided)
@@ -66,7 +102,8 @@ class MixedDimManager(FullAttentionManager):
         self._metrics.holds(request.request_id, len(self.req_to_blocks[request.request_id]))
         if not self._hashes_blocks:
             return
-        num_tokens = self._before_leases(self._plans[request.request_id], num_tokens)
+        plan = self._residents[request.request_id].plan
+        num_tokens = self._before_leases(plan, num_tokens)
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
@@ -138,14 +175,36 @@ class MixedDimManager(FullAttentionManager):
     ) -> int:
         """Blocks that a request needs; to be admitted, no more than it ever holds at a time.
 
+        And beside others that run, so many that all may grow until they give blocks back.
         Requests with larger budgets of their own are admitted by the server's as well.
         """
-        if apply_admission_cap:
-            most = self._policy.most_blocks(num_tokens, self._in_flight_tokens)
-            num_tokens = min(num_tokens, most * self.block_size)
-        return super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, *arguments, **kwargs
-        )
+        if not apply_admission_cap:
+            return super().get_num_blocks_to_allocate(
+                request_id, num_tokens, new_computed_blocks, *arguments, **kwargs
+            )
+        most = self._policy.most_blocks(num_tokens, self._in_flight_tokens)
+        needed = super().get_num_blocks_to_allocate(
+            request_id, min(num_tokens, most * self.block_size), new_computed_blocks,
+            *arguments, **kwargs,
+        )  # fmt: skip
+        return needed + self._growth_beside(num_tokens)
+
+    def _growth_beside(self, tokens: int) -> int:
+        """Blocks that a request of so many tokens and those that run may yet take together."""
+        config = self._policy.config
+        running = [
+            resident.growth(len(self.req_to_blocks[request_id]))
+            for request_id, resident in self._residents.items()
+            if resident.plan is not SkipReason.SESSION  # it may wait for ever
+        ]
+        if not running or not config.enabled:
+            return 0
+        plan = self._policy.plan(tokens)
+        due = list(plan.prompt_segments) if isinstance(plan, RequestPlan) else []
+        new = _growth(-(-tokens // self.block_size), None, tokens, due[-1] if due else None)
+        # So far that each of them gives back once, if it ever does.
+        horizon = config.segment_tokens + config.window + SLACK_TOKENS
+        return most_growth([new, *running], self.block_size, horizon)
 
     def remove_skipped_blocks(
         self,
@@ -159,31 +218,38 @@ class MixedDimManager(FullAttentionManager):
         freed here (see :meth:`mdkv_vllm.plugin.worker_runtime.runtime.Runtime.step`).
         """
         del num_prompt_tokens
-        while segment := self._next_due.get(request_id):
-            if processed_computed_tokens < segment.due_at:
-                return
+        resident = self._residents.get(request_id)
+        if resident is None:
+            return
+        resident.computed = processed_computed_tokens
+        while (segment := resident.due) and segment.due_at <= processed_computed_tokens:
             remove_blocks(self, request_id, segment.first_block, segment.first_lease_block)
             self._metrics.returned(request_id, segment)
-            self._advance(request_id)
-
-    def _advance(self, request_id: str) -> None:
-        """Go to the request's next segment, if it has another."""
-        following = next(self._unfreed[request_id], None)
-        if following is None:
-            self._next_due.pop(request_id, None)
-        else:
-            self._next_due[request_id] = following
+            resident.free(segment)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; vLLM frees what is returned."""
-        for known in (self._plans, self._unfreed, self._next_due):
-            known.pop(request_id, None)  # type: ignore[attr-defined]
+        self._residents.pop(request_id, None)
         self._metrics.released(request_id)
         return super().pop_blocks_for_free(request_id)
 
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """No common prefix: cascade attention cannot read leases."""
         return 0
+
+
+def _segments(plan: RequestPlan | SkipReason) -> Iterator[Segment]:
+    return plan.segments() if isinstance(plan, RequestPlan) else iter(())
+
+
+def _freed(segment: Segment) -> int:
+    return segment.num_blocks - segment.num_lease_blocks
+
+
+def _growth(held: int, left: int | None, computed: int, due: Segment | None) -> Growth:
+    if due is None:
+        return Growth(held, left)
+    return Growth(held, left, max(0, due.due_at - computed), _freed(due))
 
 
 def _parse(request: Request) -> CompressionRequest:

@@ -27,11 +27,25 @@ def vllm_command():
 def environment():
     return {
         **os.environ,
+        **own_core(),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_PLUGINS": "mixeddim",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def own_core():
+    """A core for the model's worker, where tests run in several processes.
+
+    vLLM would bind the workers of all servers to the same one.
+    """
+    process = os.environ.get("PYTEST_XDIST_WORKER")
+    if process is None:
+        return {}
+    cores = sorted(os.sched_getaffinity(0))
+    number = int(process.removeprefix("gw"))
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(cores[number % len(cores)])}
 
 
 class Server:

@@ -26,31 +26,18 @@ def failed_start(model, *arguments):
     return run.stdout + run.stderr
 
 
-SPECULATIVE = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+def test_an_unknown_setting(model_folder):
+    """One by one they are tests/plugin/test_refusals.py's part."""
+    argument = '--additional-config={"mixeddim": {"bugdet": 0.3}}'
+    assert "did you mean budget" in failed_start(model_folder, argument)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (['--additional-config={"mixeddim": {"bugdet": 0.3}}'], "did you mean budget"),
-        (['--additional-config={"mixeddim": {"budget": 7}}'], "mixeddim.budget is 7"),
-        (['--additional-config={"mixeddim": {"formats": ["r7"]}}'], "multiples of 4"),
-        (["--kv-cache-dtype=fp8"], "--kv-cache-dtype fp8"),
-        (["--speculative-config", SPECULATIVE], "--speculative-config"),
-    ],
-)
-def test_settings(model_folder, arguments, named):
-    assert named in failed_start(model_folder, *arguments)
-
-
-def test_missing_corrupt_and_foreign_basis(model_folder, tmp_path):
-    paper = '--additional-config={"mixeddim": {"formats": "paper", "basis": "%s"}}'
+def test_a_foreign_basis(model_folder, tmp_path):
+    """Damage of any other kind is tests/artifacts' part."""
     path = tmp_path / "basis.safetensors"
-    assert "does not exist" in failed_start(model_folder, paper % path)
-    path.write_bytes(b"not a basis")
-    assert "damaged" in failed_start(model_folder, paper % path)
     eye = torch.eye(64).expand(30, 3, 64, 64)
     save_basis(path, Basis(eye, eye), ArtifactInfo("other", "name:other", "test", "", 1))
+    paper = '--additional-config={"mixeddim": {"formats": "paper", "basis": "%s"}}'
     assert "calibrated for other" in failed_start(model_folder, paper % path)
 
 

@@ -26,8 +26,12 @@ mixeddim:prompts_compressed_total{engine="0",model_name="m"} 12
 mixeddim:prompts_skipped_total{engine="0",model_name="m",reason="too_short"} 4
 mixeddim:prompts_skipped_total{engine="1",model_name="m",reason="too_short"} 1
 mixeddim:prompts_skipped_total{engine="0",model_name="m",reason="session"} 0
-mixeddim:compressed_tokens_total{engine="0",format="i4",model_name="m"} 75
-mixeddim:compressed_tokens_total{engine="0",format="full",model_name="m"} 25
+mixeddim:segments_compressed_total{engine="0",model_name="m",part="prompt"} 13
+mixeddim:segments_compressed_total{engine="0",model_name="m",part="answer"} 7
+mixeddim:segments_compressed_total{engine="1",model_name="m",part="answer"} 2
+mixeddim:compressed_tokens_total{engine="0",format="i4",model_name="m",part="prompt"} 70
+mixeddim:compressed_tokens_total{engine="0",format="i4",model_name="m",part="answer"} 5
+mixeddim:compressed_tokens_total{engine="0",format="full",model_name="m",part="prompt"} 25
 mixeddim:compression_seconds_sum{engine="0",model_name="m"} 3
 mixeddim:compression_seconds_count{engine="0",model_name="m"} 12
 mixeddim:config_info{basis="none",budget="0.25",compression="on",engine="0",formats="i4,full",\
@@ -48,6 +52,7 @@ def test_numbers_are_summed_over_engines_and_rates_are_per_second():
     assert "tokens per second 1000.0 prompt, 30.0 generated" in shown
     assert "KV bytes 2 MiB held of 8 MiB at full size (25.0%)" in shown
     assert "prompts 12 compressed, 5 skipped (too_short 5)" in shown
+    assert "segments 13 of prompts and 9 of answers compressed" in shown
     assert "compression 0.250 s on average" in shown
     assert any(line.startswith("KV cache") and line.endswith("30.0%") for line in shown)
     assert any(line.startswith("as i4") and line.endswith("75.0%") for line in shown)
@@ -56,13 +61,20 @@ def test_numbers_are_summed_over_engines_and_rates_are_per_second():
 
 def test_requests_are_listed_where_the_status_is_on():
     requests = [
-        {"request_id": "cmpl-[bold]1", "prompt_tokens": 2048, "planned_share": 0.25},
-        {"request_id": "cmpl-2", "prompt_tokens": 40, "planned_share": 1.0},
-    ]
+        {
+            "request_id": "cmpl-[bold]1", "prompt_tokens": 2048, "planned_share": 0.25,
+            "computed_tokens": 3100, "compressed_segments": 2,
+        },
+        {
+            "request_id": "cmpl-2", "prompt_tokens": 40, "planned_share": 1.0,
+            "computed_tokens": 41, "compressed_segments": 0,
+        },
+    ]  # fmt: skip
     shown = "\n".join(lines({"requests": requests}))
     assert "2 requests on the first engine" in shown
     assert "cmpl-[bold]1" in shown
     assert "2,048" in shown
+    assert "3,100" in shown
 
 
 def test_errors_of_use(capsys):

@@ -157,3 +157,32 @@ def test_prefill_choices_on_gpus():
     assert "compute capability 8.0" in printed[0]
     assert "allowed here: auto, xformers, sdpa" in printed[0]
     assert "pip install 'mdkv-vllm[xformers]'" in printed[1]
+
+
+def test_memory_for_reading_leases_back_is_left_out_of_the_cache():
+    """Keys and values of one request's head or 256 MiB, whichever is more, and a step's rows."""
+    run(
+        """
+        from types import SimpleNamespace as Some
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+        from mdkv_vllm.config import MixedDimConfig
+        from mdkv_vllm.core.formats import PageGeometry
+        from mdkv_vllm.policy import Policy
+
+        policy = Policy(MixedDimConfig(), PageGeometry(16, 128, torch.bfloat16), 32, 8)
+        worker = Some(
+            parallel_config=None,
+            scheduler_config=Some(max_num_batched_tokens=8192),
+            model_config=Some(
+                dtype=torch.bfloat16, max_model_len=131072,
+                get_num_attention_heads=lambda parallel: 32,
+            ),
+        )
+        scratch = resolve_obj_by_qualname(Platform.worker_class)._scratch_bytes(worker, policy)
+        rows = 2 * 32 * 8192 * 128 * 2
+        assert scratch == (256 << 20) + rows, scratch
+        worker.model_config.max_model_len = 1 << 20
+        scratch = resolve_obj_by_qualname(Platform.worker_class)._scratch_bytes(worker, policy)
+        assert scratch == 2 * ((1 << 20) + 128) * 128 * 2 + rows, scratch
+        """
+    )

@@ -69,3 +69,28 @@ def test_gpus_hold_memory_for_the_servers_budget_alone(default, fields, refused)
         return
     with pytest.raises(VLLMValidationError, match=r"may keep more.*allowed are"):
         admit(params, MixedDimConfig(**default), Room(on_gpu=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "answer", "refused"),
+    [
+        ({}, 3000, 1000, False),
+        ({"mixeddim_budget": 0.4}, 3000, 1000, False),
+        ({"mixeddim_budget": 0.2}, 3000, 1000, False),
+        ({"mixeddim_budget": 0.5}, 1000, 1000, False),
+        ({"mixeddim_budget": 0.5}, 1000, 1001, True),
+        ({"mixeddim_budget": 1.0}, 1000, 1001, True),
+        # No max_tokens is as many as the model allows.
+        ({"mixeddim_budget": 1.0}, 10, None, True),
+        ({"mixeddim_budget_tokens": 100}, 1500, 501, True),
+    ],
+)
+def test_a_request_that_would_not_fit_at_its_own_budget(fields, prompt, answer, refused):
+    """The cache holds 2,000 tokens at full size, and start-up promised the server's budget alone."""
+    room = Room(tokens=2000, longest=4096)
+    params = SamplingParams(extra_args=fields, max_tokens=answer)
+    if not refused:
+        admit(params, MixedDimConfig(budget=0.4), room, prompt)
+        return
+    with pytest.raises(VLLMValidationError, match=r"holds 2000.*allowed are"):
+        admit(params, MixedDimConfig(budget=0.4), room, prompt)

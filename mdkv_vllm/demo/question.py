@@ -1,26 +1,17 @@
-"""``mdkv demo``: one question about a long document, with compression on and off."""
+"""One question about a long document, with compression and without."""
 
 from __future__ import annotations
 
-import json
 import os
 import pydoc_data.topics
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from mdkv_vllm.demo.client import BlockMeter, report_of, stream
 
 FACT = "The secret access code of the library is 7391842."
 QUESTION = "What is the secret access code of the library?"
@@ -28,7 +19,6 @@ ANSWER = "7391842"
 PRIMER = "The secret access code of the library is"
 DOCUMENT_WORDS = 1400
 ANSWER_TOKENS = 160
-START_TIMEOUT_SECONDS = 600
 
 
 def document() -> str:
@@ -61,54 +51,17 @@ class Run:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-class BlockMeter:
-    """Samples the server's cache usage from ``/metrics`` while a request runs."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._samples: list[tuple[float, int]] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def __enter__(self) -> BlockMeter:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def last_between(self, start: float, end: float) -> int:
-        """Blocks in use in the last sample between two moments."""
-        return next((b for at, b in reversed(self._samples) if start < at <= end), 0)
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.05):
-            self._samples.append((time.perf_counter(), blocks_in_use(self._url)))
-
-
-def run_demo(url: str | None, port: int, console: Console) -> int:
+def show_question(url: str, model: str, console: Console) -> bool:
     """Ask with compression on, then off, and print both side by side.
 
     Args:
-        url: a running server; None to use one on this machine's ``port``, or to start one.
-        port: where to look for it, or to start it.
+        url: the server.
+        model: model name.
         console: where to print.
 
     Returns:
-        0 if both answers name the planted fact, else 1.
+        Whether both answers name the planted fact.
     """
-    if url is None and _answers(local := f"http://127.0.0.1:{port}"):
-        url = local
-    if url is not None:
-        return _compare(url.rstrip("/"), console)
-    console.print("No server is running; starting one (about a minute)...")
-    with _started_server() as started:
-        return _compare(started, console)
-
-
-def _compare(url: str, console: Console) -> int:
-    model = _get(f"{url}/v1/models")["data"][0]["id"]
     console.print(
         f"[bold]{QUESTION}[/bold]  ({model} at {url}; the document has the answer inside)"
     )
@@ -119,7 +72,7 @@ def _compare(url: str, console: Console) -> int:
         runs[name] = ask(url, model, extra, console)
         console.print()
     console.print(comparison_table(runs))
-    return 0 if all(ANSWER in run.answer for run in runs.values()) else 1
+    return all(ANSWER in run.answer for run in runs.values())
 
 
 def ask(url: str, model: str, extra: dict[str, Any], console: Console) -> Run:
@@ -139,7 +92,6 @@ def ask(url: str, model: str, extra: dict[str, Any], console: Console) -> Run:
         "max_tokens": ANSWER_TOKENS,
         "temperature": 0,
         "ignore_eos": True,
-        "stream": True,
         "stream_options": {"include_usage": True},
         "cache_salt": os.urandom(8).hex(),
         "vllm_xargs": extra,
@@ -148,7 +100,7 @@ def ask(url: str, model: str, extra: dict[str, Any], console: Console) -> Run:
     with BlockMeter(url) as meter:
         started = time.perf_counter()
         first = second = 0.0
-        for event in _stream(f"{url}/v1/completions", body):
+        for event in stream(f"{url}/v1/completions", body):
             request_id = event["id"]
             run.usage = event.get("usage") or run.usage
             for choice in event["choices"]:
@@ -162,7 +114,7 @@ def ask(url: str, model: str, extra: dict[str, Any], console: Console) -> Run:
     # Compression runs before the second token and has a line of its own.
     run.decode_tokens_per_second = (run.usage["completion_tokens"] - 2) / (ended - second)
     run.blocks_in_use = meter.last_between(first, ended - 0.2)
-    run.report = _report_of(url, request_id)
+    run.report = report_of(url, request_id, "prompt")
     return run
 
 
@@ -201,91 +153,3 @@ def comparison_table(runs: dict[str, Run]) -> Table:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     return table
-
-
-def blocks_in_use(url: str) -> int:
-    """Cache blocks in use now, from the server's metrics."""
-    share, total = 0.0, 0
-    for line in _open(f"{url}/metrics").decode().splitlines():
-        if line.startswith("vllm:kv_cache_usage_perc"):
-            share = float(line.rsplit(" ", 1)[1])
-        elif line.startswith("vllm:cache_config_info"):
-            total = int(line.split('num_gpu_blocks="', 1)[1].split('"', 1)[0])
-    # One block is vLLM's null block, which is never lent.
-    return round(share * (total - 1))
-
-
-def _report_of(url: str, request_id: str) -> dict[str, Any]:
-    try:
-        recent = _get(f"{url}/mixeddim/status")["recent"]
-    except urllib.error.HTTPError:
-        return {}
-    of_prompts = (r for r in reversed(recent) if r["part"] == "prompt")
-    return next((r for r in of_prompts if r["request_id"].startswith(request_id)), {})
-
-
-@contextmanager
-def _started_server() -> Iterator[str]:
-    """What `make serve` would start, on a free port; stopped at the end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    script = Path(__file__).parent.parent / "scripts" / "serve.sh"
-    log = Path(sys.prefix) / "demo-server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [str(script)],
-            env={**os.environ, "PORT": str(port)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        while not _answers(url):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise ValueError(f"the server did not start; its log is {log}")
-            time.sleep(1)
-        yield url
-    finally:
-        # A server that did not start has no process group any more.
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        _open(f"{url}/health")
-    except OSError:
-        return False
-    return True
-
-
-def _open(url: str) -> bytes:
-    with urllib.request.urlopen(url, timeout=30) as reply:
-        return bytes(reply.read())
-
-
-def _get(url: str) -> Any:  # noqa: ANN401
-    return json.loads(_open(url))
-
-
-def _stream(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Events of a streamed completion.
-
-    Raises:
-        ValueError: the server refuses the request; the message is its own.
-    """
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    try:
-        reply = urllib.request.urlopen(request, timeout=600)
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{url} answered {error.code}: {error.read().decode()}") from error
-    with reply:
-        for line in reply:
-            if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
-                yield json.loads(line[6:])

@@ -41,6 +41,9 @@ REQUEST_BUDGET = "mixeddim_budget"
 REQUEST_BUDGET_TOKENS = "mixeddim_budget_tokens"
 REQUEST_FIELDS = (REQUEST_BUDGET, REQUEST_BUDGET_TOKENS)
 """Fields of ``vllm_xargs``."""
+COMPRESSED, FULL_SIZE = "compressed", "full"
+SHARED_PREFIXES = (COMPRESSED, FULL_SIZE)
+"""What requests may find of others' prefixes."""
 
 
 class ConfigError(ValueError):
@@ -83,6 +86,8 @@ class MixedDimConfig:
         segments: ``prompt`` compresses each prompt as one segment when it has been prefilled;
             ``rolling`` by ``segment_tokens``, while it is being prefilled; ``auto`` rolls prompts
             of more than 8,192 tokens.
+        shared_prefixes: ``compressed`` lets requests read the leases of others with the same prefix;
+            ``full`` only blocks that are cached at full size.
         formats: ``default``, ``paper``, or a list of format names.
         basis: ``prompt``, a path to a calibrated basis, or None to look for
             ``mixeddim_basis.safetensors`` in the model folder.
@@ -111,6 +116,7 @@ class MixedDimConfig:
     window: int = 16
     segment_tokens: int = DEFAULT_SEGMENT_TOKENS
     segments: str = Rule.AUTO.value
+    shared_prefixes: str = COMPRESSED
     formats: str | tuple[str, ...] = "default"
     basis: str | None = None
     heads: str | None = None
@@ -133,6 +139,7 @@ class MixedDimConfig:
         _check_int("mixeddim.window", self.window, 1, MAX_WINDOW)
         _check_int("mixeddim.segment_tokens", self.segment_tokens, MIN_SEGMENT_TOKENS, None)
         _check_choice("mixeddim.segments", self.segments, tuple(rule.value for rule in Rule))
+        _check_choice("mixeddim.shared_prefixes", self.shared_prefixes, SHARED_PREFIXES)
         _check_int("mixeddim.min_prompt_tokens", self.min_prompt_tokens, 1, None)
         _check_choice("mixeddim.loss", self.loss, tuple(LOSSES))
         _check_choice("mixeddim.kernels", self.kernels, KERNELS)
@@ -243,6 +250,34 @@ class MixedDimConfig:
         share = DEFAULT_HEAD_SHARE if self.head_share is None else self.head_share
         power = DEFAULT_HEAD_POWER if self.head_power is None else self.head_power
         return HeadBudgets(scores, share, power)
+
+    def compresses_answers(self, head_scores: bool, drops: bool) -> bool:
+        """Whether answers, and prompts by and by, are compressed.
+
+        Not where every prompt has a basis of its own. Without head scores, tokens that were scored
+        by the few behind their segment alone are lost when they matter much later
+        (benchmarks/NOTES.md), unless nothing is dropped: then they have to be asked for.
+
+        Args:
+            head_scores: whether heads have budgets by their scores.
+            drops: whether tokens may be dropped.
+        """
+        if self.basis == PROMPT_BASIS:
+            return False
+        return head_scores or self.segments == Rule.ROLLING.value or not drops
+
+    def shares_prefixes(self, head_scores: bool) -> bool:
+        """Whether requests with the server's budget read and publish compressed prefixes.
+
+        A budget in tokens is another share of every prompt, so nothing of it fits another.
+
+        Args:
+            head_scores: whether heads have budgets by their scores.
+        """
+        drops = not isinstance(self.formats, tuple) or "drop" in self.formats
+        compressed = self.enabled and self.budget is not None and self.budget < 1
+        asked = self.shared_prefixes == COMPRESSED
+        return asked and compressed and self.compresses_answers(head_scores, drops)
 
     def heads_path(self, model: str) -> Path | None:
         """File of head scores to use with a model folder; None for even budgets.

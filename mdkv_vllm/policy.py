@@ -17,6 +17,7 @@ from mdkv_vllm.core.plan import (
     RequestPlan,
     Rule,
     Segment,
+    SharedSegment,
     SkipReason,
     most_blocks,
     plan_request,
@@ -71,33 +72,36 @@ class Policy:
 
     @property
     def answers(self) -> bool:
-        """Whether answers, and prompts by and by, are compressed.
+        """See :meth:`.MixedDimConfig.compresses_answers`."""
+        return self.config.compresses_answers(self.head_scores, self.formats.drop)
 
-        Not where every prompt has a basis of its own. Without head scores, tokens that were scored
-        by the few behind their segment alone are lost when they matter much later
-        (benchmarks/NOTES.md), unless nothing is dropped: then they have to be asked for.
-        """
-        if self.prompt_basis:
-            return False
-        asked = self.config.segments == Rule.ROLLING.value
-        return self.head_scores or asked or not self.formats.drop
+    @property
+    def shares(self) -> bool:
+        """See :meth:`.MixedDimConfig.shares_prefixes`."""
+        return self.config.shares_prefixes(self.head_scores)
 
     def plan_request(self, request: CompressionRequest) -> RequestPlan | SkipReason:
         """Plan a request's segments, or say why it has none."""
         if not request.generates:
             return SkipReason.NOT_GENERATION
-        return self.plan(request.prompt_tokens, request.budget)
+        return self.plan(request.prompt_tokens, request.budget, request.shared)
 
-    def plan(self, prompt_tokens: int, budget: Budget | None = None) -> RequestPlan | SkipReason:
+    def plan(
+        self,
+        prompt_tokens: int,
+        budget: Budget | None = None,
+        shared: tuple[SharedSegment, ...] = (),
+    ) -> RequestPlan | SkipReason:
         """Plan the segments of a request, or say why it has none.
 
         Args:
             prompt_tokens: length of its prompt.
             budget: its own budget; None for the server's.
+            shared: segments of a cached prefix that it reads.
         """
         if not self.config.enabled:
             return SkipReason.DISABLED
-        return plan_request(prompt_tokens, self.terms(self.share(prompt_tokens, budget)))
+        return plan_request(prompt_tokens, self.terms(self.share(prompt_tokens, budget)), shared)
 
     def terms(self, share: float) -> PlanTerms:
         """What plans depend on besides the prompt, at a share of the bytes to keep."""
@@ -109,6 +113,7 @@ class Policy:
             segment_tokens=self.config.segment_tokens,
             rule=Rule(self.config.segments),
             answers=self.answers,
+            shares=self.shares,
             min_blocks=self.layout.min_blocks,
             floor_tokens_per_page=(
                 None if self.formats.drop else self.formats.cheapest.tokens_per_page
@@ -140,7 +145,7 @@ class Policy:
         return [next(plan.segments()) for plan in plans if isinstance(plan, RequestPlan)]
 
     def most_leases(self, tokens: int) -> int:
-        """Leases of a request of so many tokens at most."""
-        if not self.config.enabled:
+        """Leases of a request of so many tokens at most; shared ones are half a stride at least."""
+        if not self.config.enabled or not self.answers:
             return 1
-        return 2 + tokens // self.config.segment_tokens if self.answers else 1
+        return 2 + (1 + self.shares) * tokens // self.config.segment_tokens

@@ -23,6 +23,7 @@ from mdkv_vllm.config import (
     PREFILLS,
     PRESETS,
     PROMPT_BASIS,
+    SHARED_PREFIXES,
 )
 from mdkv_vllm.core.formats import CODE_ZERO
 from mdkv_vllm.core.losses import LOSSES
@@ -48,6 +49,7 @@ def settings_schema() -> dict[str, Any]:
             "window": {"type": "integer", "minimum": 1, "maximum": MAX_WINDOW},
             "segment_tokens": {"type": "integer", "minimum": MIN_SEGMENT_TOKENS},
             "segments": {"enum": [rule.value for rule in Rule]},
+            "shared_prefixes": {"enum": list(SHARED_PREFIXES)},
             "formats": {"anyOf": [{"enum": list(PRESETS)}, _format_list()]},
             "basis": {"type": ["string", "null"], "minLength": 1},
             "heads": {"type": ["string", "null"], "minLength": 1},

@@ -67,7 +67,7 @@ class PlanTerms:
     Attributes:
         block_size: tokens in one vLLM block.
         window: tokens behind a boundary that score the segment before it; a prompt's last ones.
-        min_prompt_tokens: a shorter prompt has no boundary at its end.
+        min_prompt_tokens: a prompt of fewer, behind a shared prefix, has no boundary at its end.
         budget: share of the KV bytes to keep, in (0, 1]; 1 means no compression.
         segment_tokens: the stride, a multiple of ``block_size``.
         rule: where the segments of a prompt end.
@@ -75,6 +75,7 @@ class PlanTerms:
         min_blocks: blocks a lease needs whatever the budget (page table, prompt basis).
         floor_tokens_per_page: tokens per page of the cheapest format where no token may be
             dropped, which bounds a lease from below; None where dropping is allowed.
+        shares: whether requests read the leases of others.
     """
 
     block_size: int
@@ -86,6 +87,7 @@ class PlanTerms:
     answers: bool = True
     min_blocks: int = 1
     floor_tokens_per_page: int | None = None
+    shares: bool = False
 
     @property
     def stride(self) -> int:
@@ -161,16 +163,53 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class SharedSegment:
+    """A segment that another request compressed, and whose lease this one reads.
+
+    Attributes:
+        first_block: block-table index of its first block.
+        first_lease_block: of the first block of its lease.
+        end_block: one past its last block.
+    """
+
+    first_block: int
+    first_lease_block: int
+    end_block: int
+
+    @property
+    def num_freed_blocks(self) -> int:
+        """Blocks before its lease, which hold nothing."""
+        return self.first_lease_block - self.first_block
+
+    @property
+    def num_lease_blocks(self) -> int:
+        """Blocks that it keeps."""
+        return self.end_block - self.first_lease_block
+
+    @property
+    def lease(self) -> tuple[int, int]:
+        """First block of the lease and the one behind its last."""
+        return self.first_lease_block, self.end_block
+
+
+@dataclass(frozen=True)
 class RequestPlan:
     """The segments of a request, however many tokens it gets to.
 
     Attributes:
         prompt_tokens: length of its prompt.
         terms: everything else that they depend on.
+        shared: segments of a cached prefix, without a gap from its first token; its own follow.
     """
 
     prompt_tokens: int
     terms: PlanTerms
+    shared: tuple[SharedSegment, ...] = ()
+
+    @property
+    def first_own_block(self) -> int:
+        """Where its own segments begin."""
+        return self.shared[-1].end_block if self.shared else 0
 
     @cached_property
     def prompt_segments(self) -> tuple[Segment, ...]:
@@ -178,7 +217,7 @@ class RequestPlan:
         terms, segments = self.terms, list[Segment]()
         boundaries = self._prompt_boundaries()
         for end in boundaries:
-            first = segments[-1].end_block if segments else 0
+            first = segments[-1].end_block if segments else self.first_own_block
             last = end == boundaries[-1]
             covered = self.prompt_tokens if last else end * terms.block_size
             ripe_at = self.prompt_tokens if last else covered + terms.window
@@ -189,12 +228,13 @@ class RequestPlan:
         return tuple(segments)
 
     def segments(self) -> Iterator[Segment]:
-        """All of them in order, without an end where answers are compressed."""
+        """Its own in order, without an end where answers are compressed."""
         yield from self.prompt_segments
         terms = self.terms
         if not terms.answers:
             return
-        begin = self.prompt_segments[-1].end_block if self.prompt_segments else 0
+        own = self.prompt_segments
+        begin = own[-1].end_block if own else self.first_own_block
         for end in count(begin + terms.stride, terms.stride):
             covered = end * terms.block_size
             ripe_at = covered + terms.window
@@ -205,7 +245,7 @@ class RequestPlan:
 
     @property
     def first_lease_block(self) -> int | None:
-        """Where its first lease will begin, whenever that is; None where it never has one."""
+        """Where its own first lease will begin, whenever that is; None where it never has one."""
         first = next(self.segments(), None)
         return first.first_lease_block if first else None
 
@@ -219,7 +259,7 @@ class RequestPlan:
 
     def blocks_held(self, computed_tokens: int) -> int:
         """Blocks that are held after so many computed tokens, when everything due is freed."""
-        due = self.due(computed_tokens)
+        due = [*self.shared, *self.due(computed_tokens)]
         behind = due[-1].end_block if due else 0
         blocks = max(-(-computed_tokens // self.terms.block_size), behind)
         return sum(one.num_lease_blocks for one in due) + blocks - behind
@@ -232,7 +272,8 @@ class RequestPlan:
             until_tokens: up to where.
             step_tokens: of every step.
         """
-        size, most, leases, behind = self.terms.block_size, 0, 0, 0
+        size, most = self.terms.block_size, 0
+        leases, behind = sum(one.num_lease_blocks for one in self.shared), self.first_own_block
         for segment in chain(self.segments(), [None]):
             due_at = until_tokens + 1 if segment is None else segment.due_at
             # As late as a step can be before the segment's blocks are freed.
@@ -247,27 +288,31 @@ class RequestPlan:
     @property
     def kept_share(self) -> float:
         """Bytes kept of the prompt, leases and what is behind them, over its full bytes."""
-        size, segments = self.terms.block_size, self.prompt_segments
-        freed = sum(one.num_blocks - one.num_lease_blocks for one in segments)
+        size = self.terms.block_size
+        freed = sum(one.num_blocks - one.num_lease_blocks for one in self.prompt_segments)
+        freed += sum(one.num_freed_blocks for one in self.shared)
         return 1 - freed * size / self.prompt_tokens
 
     def _prompt_boundaries(self) -> list[int]:
         """Blocks at which the prompt's segments end, if they save anything."""
-        terms = self.terms
-        if self.prompt_tokens < max(terms.min_prompt_tokens, terms.window + 1):
+        terms, begin = self.terms, self.first_own_block
+        own_tokens = self.prompt_tokens - begin * terms.block_size
+        if own_tokens < max(terms.min_prompt_tokens, terms.window + 1):
             return []
         end = (self.prompt_tokens - terms.window) // terms.block_size
         rolling = terms.rule is Rule.ROLLING or (
-            terms.rule is Rule.AUTO and self.prompt_tokens > AUTO_PROMPT_TOKENS
+            terms.rule is Rule.AUTO and own_tokens > AUTO_PROMPT_TOKENS
         )
         if not rolling or not terms.answers:
             return [end]
         # The last one is not much shorter than a stride: half of it at least.
-        inner = range(terms.stride, end - terms.stride // 2 + 1, terms.stride)
+        inner = range(begin + terms.stride, end - terms.stride // 2 + 1, terms.stride)
         return [*inner, end]
 
 
-def plan_request(prompt_tokens: int, terms: PlanTerms) -> RequestPlan | SkipReason:
+def plan_request(
+    prompt_tokens: int, terms: PlanTerms, shared: tuple[SharedSegment, ...] = ()
+) -> RequestPlan | SkipReason:
     """Plan a request's segments, or say why it never has any.
 
     The budget covers all that a segment's tokens hold: its lease (with page table and prompt
@@ -278,10 +323,11 @@ def plan_request(prompt_tokens: int, terms: PlanTerms) -> RequestPlan | SkipReas
     Args:
         prompt_tokens: length of the prompt.
         terms: everything else the plan depends on.
+        shared: segments of a cached prefix that it reads.
     """
     if terms.budget >= 1:
         return SkipReason.FULL_BUDGET
-    plan = RequestPlan(prompt_tokens, terms)
+    plan = RequestPlan(prompt_tokens, terms, shared)
     if plan.first_lease_block is not None:
         return plan
     short = prompt_tokens < max(terms.min_prompt_tokens, terms.window + 1)
@@ -297,18 +343,39 @@ def most_blocks(terms: PlanTerms, tokens: int, in_flight_tokens: int) -> int:
         in_flight_tokens: that may be scheduled beyond those that are known to be computed.
     """
     size, full = terms.block_size, -(-tokens // terms.block_size)
-    stride = _lease_blocks(terms.stride, terms.segment_tokens, terms)
-    if terms.budget >= 1 or not terms.answers or stride is None:
+    rate = _lease_rate(terms)
+    if rate is None:
         return full
-    rate = max(stride / terms.stride, terms.budget)
-    if terms.floor_tokens_per_page is not None:
-        rate = max(rate, size / terms.floor_tokens_per_page)
     leases = int(rate * full) + 1 + terms.min_blocks
     behind = terms.window + SLACK_TOKENS + in_flight_tokens + 2 * size
     rolled = leases + (3 * terms.segment_tokens // 2 + behind) // size
     whole = {Rule.ROLLING: 0, Rule.AUTO: AUTO_PROMPT_TOKENS, Rule.PROMPT: tokens}[terms.rule]
-    # A prompt that is one segment has no lease before it ends.
-    return min(full, max(rolled, (whole + behind) // size))
+    # A prompt that is one segment has no lease before it ends, but those of a shared prefix.
+    before = leases if terms.shares else 0
+    return min(full, max(rolled, before + (whole + behind) // size))
+
+
+def may_share(segment: Segment, terms: PlanTerms) -> bool:
+    """Whether others may read a segment's lease.
+
+    Not if it is short, for they would add up to more leases than kernels have room for, nor if
+    it is larger than its budget, for they would add up to more blocks than :func:`most_blocks`.
+    """
+    rate = _lease_rate(terms)
+    if rate is None or 2 * segment.num_blocks < terms.stride:
+        return False
+    return segment.num_lease_blocks <= rate * segment.num_blocks
+
+
+def _lease_rate(terms: PlanTerms) -> float | None:
+    """Share of its blocks that a segment of one stride or more keeps; None without such."""
+    stride = _lease_blocks(terms.stride, terms.segment_tokens, terms)
+    if terms.budget >= 1 or not terms.answers or stride is None:
+        return None
+    rate = max(stride / terms.stride, terms.budget)
+    if terms.floor_tokens_per_page is not None:
+        rate = max(rate, terms.block_size / terms.floor_tokens_per_page)
+    return rate
 
 
 def _segment(

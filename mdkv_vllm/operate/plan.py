@@ -94,6 +94,34 @@ def capacity(policy: Policy, cache_bytes: int, load: Load) -> Capacity:
     return Capacity(blocks, full, kept, prefilled)
 
 
+@dataclass(frozen=True)
+class Prefixes:
+    """How many different prefixes stay in a cache in which nothing else is.
+
+    Attributes:
+        full: at full size.
+        compressed: as the leases of their segments; None where these are not shared.
+    """
+
+    full: int
+    compressed: int | None
+
+
+def cached_prefixes(policy: Policy, blocks: int, tokens: int) -> Prefixes:
+    """Count prefixes that stay cached.
+
+    Args:
+        policy: the settings applied to the model, as one rank has it.
+        blocks: of the cache.
+        tokens: of each prefix.
+    """
+    plan = policy.plan(tokens)
+    leases = plan.prompt_segments if isinstance(plan, RequestPlan) and policy.shares else ()
+    kept = sum(segment.num_lease_blocks for segment in leases)
+    full = max(1, tokens // policy.geometry.block_size)
+    return Prefixes(blocks // full, blocks // kept if kept else None)
+
+
 def policy_for(
     sizes: ModelSizes,
     config: MixedDimConfig,
@@ -133,6 +161,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answer", type=int, default=512, metavar="TOKENS",
         help="generated tokens per request (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shared-prefix", type=int, metavar="TOKENS",
+        help="also say how many different prefixes of this length stay cached",
     )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, default=DEFAULT_BUDGET,
@@ -205,9 +237,25 @@ def run(options: argparse.Namespace) -> None:
     console.print(_table(policy, cache, options))
     _line(console, "Requests are counted at their longest, with nothing shared. A request is")
     _line(console, "prefilled uncompressed; 'while one prefills' is what a busy server holds.")
+    if options.shared_prefix:
+        _line(console, _prefixes(policy, cache, options.shared_prefix))
     longest = max(options.prompt) + options.answer
     if sizes.context and longest > sizes.context:
         _line(console, f"Note: {longest} tokens exceed the model's context of {sizes.context}.")
+
+
+def _prefixes(policy: Policy, cache: int, tokens: int) -> str:
+    blocks = capacity(policy, cache, Load(tokens, 0)).blocks
+    fits = cached_prefixes(policy, blocks, tokens)
+    if fits.compressed is None:
+        return (
+            f"Prefixes of {tokens:,} tokens that stay cached where nothing runs: {fits.full:,}; "
+            "compressed ones are not shared (no head scores, or it is set so)."
+        )
+    return (
+        f"Prefixes of {tokens:,} tokens that stay cached where nothing runs: {fits.full:,} at full "
+        f"size, {fits.compressed:,} compressed."
+    )
 
 
 def _line(console: Console, text: str) -> None:
@@ -215,9 +263,13 @@ def _line(console: Console, text: str) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    least = {"prompt": 1, "answer": 1, "block_size": 1, "tensor_parallel_size": 1}
+    least = {
+        "prompt": 1, "answer": 1, "block_size": 1, "tensor_parallel_size": 1, "shared_prefix": 1,
+    }  # fmt: skip
     for name, low in least.items():
         values = getattr(options, name)
+        if values is None:
+            continue
         for value in values if isinstance(values, list) else [values]:
             if value < low:
                 flag = f"--{name.replace('_', '-')}"

@@ -124,6 +124,13 @@ def _numbers(before: Scrape, now: Scrape) -> Table:
             "segments",
             f"{segments['prompt']:.0f} of prompts and {segments['answer']:.0f} of answers compressed",
         ),
+        (
+            "shared prefixes",
+            f"{now.total('mixeddim:segments_hit_total'):.0f} segments read of "
+            f"{now.total('mixeddim:segments_published_total'):.0f} published, "
+            f"{now.total('mixeddim:segments_evicted_total'):.0f} seen evicted; "
+            f"{now.total('mixeddim:shared_prefix_tokens_total'):,.0f} prompt tokens not computed",
+        ),
         ("blocks given back", f"{now.total('mixeddim:blocks_returned_total'):.0f}"),
         (
             "compression",

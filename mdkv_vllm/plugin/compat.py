@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.worker.gpu_worker import Worker
 
@@ -44,6 +46,20 @@ def remove_blocks(
     name ranges to free.
     """
     manager._remove_blocks_in_range(request_id, first, last)
+
+
+def cache_block(
+    block_pool: BlockPool, block: KVCacheBlock, block_hash: BlockHash, group_id: int
+) -> None:
+    """Cache a block of a lease under a hash, under which nobody looks for a full-size block.
+
+    Private because vLLM hashes blocks by their tokens alone; can go when a manager may name a
+    block's hash.
+    """
+    from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+    key = make_block_hash_with_group_id(block_hash, group_id)
+    block_pool._insert_block_hash(key, block, num_tokens=None)
 
 
 def step_activations(worker: Worker, estimates_graphs: bool) -> int:

@@ -1,13 +1,13 @@
 """The scheduler's side of leases: what is hashed, what may be hit, what is freed, what fits.
 
 Invariants kept here: a block that a compression writes is held by one request and was never hashed;
-freed blocks keep their hash.
+freed blocks keep their hash; a lease is hashed when it has been written, and never written again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,10 +18,18 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from mdkv_vllm.core.admission import Growth, most_growth
-from mdkv_vllm.core.plan import SLACK_TOKENS, RequestPlan, Segment, SkipReason
+from mdkv_vllm.core.plan import (
+    SLACK_TOKENS,
+    RequestPlan,
+    Segment,
+    SharedSegment,
+    SkipReason,
+    may_share,
+)
 from mdkv_vllm.plugin.compat import remove_blocks
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
-from mdkv_vllm.request import CompressionRequest, without_compression
+from mdkv_vllm.plugin.shared_prefixes import Prefix, SharedPrefixes, shared_segments
+from mdkv_vllm.request import CompressionRequest, with_shared, without_compression
 
 
 @dataclass
@@ -29,20 +37,28 @@ class _Resident:
     """A request that holds blocks.
 
     Attributes:
+        request: vLLM's.
         plan: its segments, or why it has none.
         unfreed: those that come after ``due``.
         due: the next one that gives blocks back.
         ends_at: tokens that it has at most.
+        path: the segments so far that others may read; None where a next one is not for others.
         computed: tokens that are known to be computed.
-        freed: blocks that it has given back.
+        freed: blocks that it does not hold, though they stand in its table.
+        written: segments that the worker compresses in this step at the latest.
+        written_in: this step's number.
     """
 
+    request: Request
     plan: RequestPlan | SkipReason
     unfreed: Iterator[Segment]
     due: Segment | None
     ends_at: int
+    path: Prefix | None
     computed: int = 0
     freed: int = 0
+    written: list[Segment] = field(default_factory=list)
+    written_in: int = 0
 
     def growth(self, blocks: int) -> Growth:
         """What is to come of it.
@@ -56,6 +72,7 @@ class _Resident:
     def free(self, segment: Segment) -> None:
         """Go on to the segment behind one whose blocks are given back."""
         self.freed += _freed(segment)
+        self.written.append(segment)
         self.due = next(self.unfreed, None)
 
 
@@ -71,6 +88,8 @@ class MixedDimManager(FullAttentionManager):
         # it only where caching is enabled; whether blocks are hashed is decided below.
         self.enable_caching = True
         self._residents: dict[str, _Resident] = {}
+        self._steps = 0
+        self._shared = SharedPrefixes(self.block_pool, self.kv_cache_group_id, self.block_size)
         self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
         self._metrics = SchedulerMetrics(self._policy)
 
@@ -88,17 +107,7 @@ class MixedDimManager(FullAttentionManager):
     ) -> None:
         """Hash the request's full blocks, but none from its first lease on."""
         if request.request_id not in self._residents:
-            parsed = _parse(request)
-            decided = self._decide(request, parsed)
-            segments = _segments(decided)
-            ends_at = request.num_prompt_tokens + request.max_tokens
-            self._residents[request.request_id] = _Resident(
-                decided, segments, next(segments, None), ends_at
-            )
-            if self._seen.get(id(request.block_hashes)) is not request:  # not a resumed one
-                share = self._policy.share(parsed.prompt_tokens, parsed.budget)
-                self._metrics.decided(share, decided)
-            self._seen[id(request.block_hashes)] = request
+            self._add(request)
         self._metrics.holds(request.request_id, len(self.req_to_blocks[request.request_id]))
         if not self._hashes_blocks:
             return
@@ -108,6 +117,42 @@ class MixedDimManager(FullAttentionManager):
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
         )
 
+    def _add(self, request: Request) -> None:
+        """Take in a request that has just been given its first blocks."""
+        request_id = request.request_id
+        cached = self.num_cached_block.get(request_id, 0)
+        shared = shared_segments(self.req_to_blocks[request_id][:cached])
+        self._tell_worker(request, shared)
+        parsed = _parse(request)
+        decided = self._decide(request, parsed)
+        segments = _segments(decided)
+        for_others = self._policy.shares and parsed.budget is None
+        resident = self._residents[request_id] = _Resident(
+            request,
+            decided,
+            segments,
+            next(segments, None),
+            request.num_prompt_tokens + request.max_tokens,
+            self._shared.path_of(shared, request.block_hashes) if for_others else None,
+            freed=sum(one.num_freed_blocks for one in shared),
+        )
+        self._metrics.shares(request_id, shared, self.block_size)
+        if self._seen.get(id(request.block_hashes)) is not request:  # not a resumed one
+            share = self._policy.share(parsed.prompt_tokens, parsed.budget)
+            self._metrics.decided(share, decided)
+        self._seen[id(request.block_hashes)] = request
+
+    def _tell_worker(self, request: Request, shared: tuple[SharedSegment, ...]) -> None:
+        """Name the leases of others that a request reads in its parameters, which workers see."""
+        params = request.sampling_params
+        if params is None:
+            assert not shared, "a request without sampling parameters reads no prefix cache"
+            return
+        told = with_shared(params.extra_args, shared)
+        if told != (params.extra_args or {}):
+            request.sampling_params = params.clone()
+            request.sampling_params.extra_args = told
+
     def _before_leases(self, plan: RequestPlan | SkipReason, tokens: int) -> int:
         """Of so many tokens, those before the first lease that a request ever has."""
         first = plan.first_lease_block if isinstance(plan, RequestPlan) else None
@@ -116,8 +161,8 @@ class MixedDimManager(FullAttentionManager):
     def _decide(self, request: Request, parsed: CompressionRequest) -> RequestPlan | SkipReason:
         """The plan of a request that has just been given its first blocks, or why it has none.
 
-        A request that cannot be compressed is told so in its own parameters, which are what
-        the worker plans by.
+        Its first own lease lies behind whatever it got from the cache. A request that cannot be
+        compressed is told so in its own parameters, which are what the worker plans by.
         """
         plan = self._policy.plan_request(parsed)
         if not isinstance(plan, RequestPlan):
@@ -142,7 +187,9 @@ class MixedDimManager(FullAttentionManager):
         kv_cache_spec: KVCacheSpec,
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Find the longest cached prefix that ends before the request's own first lease.
+        """Find the longest cached prefix: segments of others, or full-size blocks.
+
+        These end before the request's own first lease. Segments are read where they reach further.
 
         vLLM calls this on the instance for models of one cache group, with the request's
         hashes but not the request. A request met for the first time asks for its whole
@@ -154,8 +201,8 @@ class MixedDimManager(FullAttentionManager):
         if request is not None and request.block_hashes is block_hashes:
             plan = self.plan_of(request)
         else:
-            plan = self._policy.plan(max_length + 1)
-        return super().find_longest_cache_hit(
+            request, plan = None, self._policy.plan(max_length + 1)
+        full_size, tokens = super().find_longest_cache_hit(
             block_hashes,
             self._before_leases(plan, max_length),
             kv_cache_group_ids,
@@ -163,6 +210,13 @@ class MixedDimManager(FullAttentionManager):
             kv_cache_spec,
             **kwargs,
         )
+        # The worker remembers of one that was preempted what it shared before, and is not told anew.
+        if not self._policy.shares or request is not None:
+            return full_size, tokens
+        blocks = self._shared.find(block_hashes, max_length)
+        if len(blocks) * self.block_size <= tokens:
+            return full_size, tokens
+        return (blocks,), len(blocks) * self.block_size
 
     def get_num_blocks_to_allocate(  # type: ignore[override]
         self,
@@ -178,19 +232,21 @@ class MixedDimManager(FullAttentionManager):
         And beside others that run, so many that all may grow until they give blocks back.
         Requests with larger budgets of their own are admitted by the server's as well.
         """
-        if not apply_admission_cap:
-            return super().get_num_blocks_to_allocate(
-                request_id, num_tokens, new_computed_blocks, *arguments, **kwargs
-            )
-        most = self._policy.most_blocks(num_tokens, self._in_flight_tokens)
         needed = super().get_num_blocks_to_allocate(
-            request_id, min(num_tokens, most * self.block_size), new_computed_blocks,
-            *arguments, **kwargs,
-        )  # fmt: skip
-        return needed + self._growth_beside(num_tokens)
+            request_id, num_tokens, new_computed_blocks, *arguments, **kwargs
+        )
+        if not apply_admission_cap:
+            return needed
+        most = self._policy.most_blocks(num_tokens, self._in_flight_tokens)
+        return min(needed, most) + self._growth_beside(num_tokens, new_computed_blocks)
 
-    def _growth_beside(self, tokens: int) -> int:
-        """Blocks that a request of so many tokens and those that run may yet take together."""
+    def _growth_beside(self, tokens: int, cached: Sequence[KVCacheBlock]) -> int:
+        """Blocks that a request and those that run may yet take together.
+
+        Args:
+            tokens: of the request, which is to be computed at once.
+            cached: blocks that it got from the cache.
+        """
         config = self._policy.config
         running = [
             resident.growth(len(self.req_to_blocks[request_id]))
@@ -199,9 +255,11 @@ class MixedDimManager(FullAttentionManager):
         ]
         if not running or not config.enabled:
             return 0
-        plan = self._policy.plan(tokens)
+        shared = shared_segments(cached)
+        plan = self._policy.plan(tokens, shared=shared)
         due = list(plan.prompt_segments) if isinstance(plan, RequestPlan) else []
-        new = _growth(-(-tokens // self.block_size), None, tokens, due[-1] if due else None)
+        held = -(-tokens // self.block_size) - sum(one.num_freed_blocks for one in shared)
+        new = _growth(held, None, tokens, due[-1] if due else None)
         # So far that each of them gives back once, if it ever does.
         horizon = config.segment_tokens + config.window + SLACK_TOKENS
         return most_growth([new, *running], self.block_size, horizon)
@@ -222,14 +280,42 @@ class MixedDimManager(FullAttentionManager):
         if resident is None:
             return
         resident.computed = processed_computed_tokens
+        if resident.written_in < self._steps:
+            self._publish(resident)
         while (segment := resident.due) and segment.due_at <= processed_computed_tokens:
             remove_blocks(self, request_id, segment.first_block, segment.first_lease_block)
             self._metrics.returned(request_id, segment)
             resident.free(segment)
+            resident.written_in = self._steps
+
+    def new_step_starts(self) -> None:
+        """Whoever still holds blocks was not preempted in the step before."""
+        super().new_step_starts()
+        self._steps += 1
+
+    def _publish(self, resident: _Resident) -> None:
+        """Let others read what the worker has compressed by now."""
+        request, hashes = resident.request, resident.request.block_hashes
+        while resident.written and resident.path is not None:
+            segment = resident.written[0]
+            assert isinstance(resident.plan, RequestPlan)
+            if not may_share(segment, resident.plan.terms):
+                resident.path = None  # nor what follows it
+                break
+            if self._shared.key_block(segment) >= len(hashes):
+                break  # the tokens that it is known by are still to come
+            blocks = self.req_to_blocks[request.request_id]
+            resident.path = self._shared.publish(resident.path, segment, hashes, blocks)
+            resident.written.pop(0)
+        self._metrics.published(self._shared.published, self._shared.evicted)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; vLLM frees what is returned."""
-        self._residents.pop(request_id, None)
+        resident = self._residents.pop(request_id, None)
+        # Of one that ended the worker runs the step in which its segments were due, but not of one
+        # that was preempted in it.
+        if resident is not None and resident.request.is_finished():
+            self._publish(resident)
         self._metrics.released(request_id)
         return super().pop_blocks_for_free(request_id)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mdkv_vllm.config import ConfigError, MixedDimConfig
+from mdkv_vllm.config import COMPRESSED, ConfigError, MixedDimConfig
 from mdkv_vllm.plugin.compat import asks_no_backend_for_its_block_size
 from mdkv_vllm.plugin.registration import (
     BACKEND_CLASS,
@@ -59,8 +59,9 @@ class MixedDimPlatform(Platform):
         from mdkv_vllm.plugin.validation import refuse_unsupported
 
         cls._served = vllm_config
-        cls._request_config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
-        refuse_unsupported(vllm_config, cls.device_type)
+        config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
+        cls._request_config = config
+        refuse_unsupported(vllm_config, cls.device_type, config.shared_prefixes == COMPRESSED)
         expose_metrics()
         super().check_and_update_config(vllm_config)
         cache, asks_none = vllm_config.cache_config, asks_no_backend_for_its_block_size
@@ -87,6 +88,7 @@ class MixedDimPlatform(Platform):
             from mdkv_vllm.plugin.validation import Room, admit
 
             assert cls._served is not None
-            room = Room.of(cls._served, on_gpu=cls.device_type == "cuda")
+            config = cls._request_config
+            room = Room.of(cls._served, config, on_gpu=cls.device_type == "cuda")
             tokens = len(processed_inputs.get("prompt_token_ids") or ())
-            admit(params, cls._request_config, room, tokens)
+            admit(params, config, room, tokens)

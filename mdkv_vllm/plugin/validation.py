@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
@@ -19,12 +20,13 @@ MAX_GPU_BLOCK_SIZE = 48
 shared memory: of 64 tokens or more, too few fit a multiprocessor to keep its memory busy."""
 
 
-def refuse_unsupported(vllm_config: VllmConfig, device_type: str) -> None:
+def refuse_unsupported(vllm_config: VllmConfig, device_type: str, shares: bool) -> None:
     """Raise if the server asks for something that leases cannot carry yet.
 
     Args:
         vllm_config: what the server asks for.
         device_type: ``cpu`` or ``cuda``.
+        shares: whether compressed prefixes are to be shared.
 
     Raises:
         ConfigError: naming every offending flag.
@@ -53,6 +55,12 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str) -> None:
         problems.append("pipeline parallelism (--pipeline-parallel-size)")
     if vllm_config.kv_transfer_config is not None:
         problems.append("KV connectors (--kv-transfer-config)")
+    events = vllm_config.kv_events_config
+    if events is not None and events.enable_kv_cache_events and shares:
+        problems.append(
+            "KV cache events (--kv-events-config), which know no leases, unless "
+            "mixeddim.shared_prefixes is 'full'"
+        )
     if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
         problems.append(f"--kv-cache-dtype {cache.cache_dtype} (allowed: auto, float16, bfloat16)")
     if device_type == "cuda":
@@ -148,14 +156,16 @@ class Room:
         on_gpu: whether memory was set aside for compressing to the server's budget at most.
         tokens: that the cache holds at full size; None where that is not known.
         longest: tokens of a request at most.
+        shares: whether what the prefix cache finds may be compressed to the server's budget.
     """
 
     on_gpu: bool = False
     tokens: int | None = None
     longest: int = 0
+    shares: bool = False
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig, on_gpu: bool) -> Room:
+    def of(cls, vllm_config: VllmConfig, config: MixedDimConfig, on_gpu: bool) -> Room:
         """That of a server, after its engine has sized the cache."""
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
         tokens = None
@@ -163,7 +173,9 @@ class Room:
             # Of all engines together; one block is vLLM's null block, which is never lent.
             blocks = cache.num_gpu_blocks // parallel.data_parallel_size - 1
             tokens = blocks * cache.block_size
-        return cls(on_gpu, tokens, vllm_config.model_config.max_model_len)
+        model = vllm_config.model_config
+        shares = config.shares_prefixes(config.heads_path(model.model) is not None)
+        return cls(on_gpu, tokens, model.max_model_len, shares)
 
 
 def admit(
@@ -182,6 +194,8 @@ def admit(
             its text. (Any other exception that comes from here would be a 500.)
     """
     if not isinstance(params, SamplingParams):
+        if room.shares and isinstance(params, PoolingParams):
+            params.skip_reading_prefix_cache = True  # its worker would not be told of leases
         return
     try:
         budget = request_budget(params.extra_args)
@@ -209,9 +223,11 @@ def admit(
             f"{REQUEST_BUDGET} 1.0 for no compression",
             parameter="vllm_xargs",
         )
-    if budget is not None and _may_exceed(budget, config.default_budget, whole=False):
+    larger_lease = budget is not None and _may_exceed(budget, config.default_budget, whole=False)
+    if larger_lease or (budget is not None and room.shares):
         # The cap on prefix-cache hits assumes the default lease. A larger one reaches further
-        # forward and could otherwise cover blocks that other requests share.
+        # forward and could otherwise cover blocks that other requests share. And what others
+        # have compressed has their budget, not this one.
         params.skip_reading_prefix_cache = True
 
 

@@ -12,7 +12,7 @@ from mdkv_vllm.cli import main
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.plan import RequestPlan
 from mdkv_vllm.operate.model_sizes import read_model_sizes
-from mdkv_vllm.operate.plan import Load, capacity, parse_bytes, policy_for
+from mdkv_vllm.operate.plan import Load, cached_prefixes, capacity, parse_bytes, policy_for
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -150,3 +150,21 @@ def test_answers_are_compressed_where_heads_have_scores(folder):
     assert 0.25 * with_scores.full_blocks < with_scores.kept_blocks < 0.3 * with_scores.full_blocks
     long = capacity(policy_for(sizes, config, 16, torch.bfloat16, 1, True), memory, Load(60_000, 1))
     assert long.prefill_blocks < 0.45 * long.full_blocks
+
+
+def test_prefixes_that_stay_cached(folder, capsys):
+    sizes = read_model_sizes(str(folder))
+    scored, unscored = (
+        policy_for(sizes, MixedDimConfig(budget=0.25), 16, torch.bfloat16, 1, scores)
+        for scores in (True, False)
+    )
+    fits = cached_prefixes(scored, 10_000, 4096)
+    assert fits.full == 10_000 // 256
+    # What follows the prompt's boundary, 16 tokens, is charged to its lease.
+    assert fits.compressed == 10_000 // 63
+    assert cached_prefixes(unscored, 10_000, 4096).compressed is None
+    command = ["plan", str(folder), "--gpu-memory", "80GiB", "--prompt", "8192"]
+    assert main([*command, "--shared-prefix", "4096"]) == 0
+    assert "Prefixes of 4,096 tokens that stay cached" in capsys.readouterr().out
+    assert main([*command, "--shared-prefix", "0"]) == 2
+    assert "--shared-prefix is 0" in capsys.readouterr().err

@@ -29,6 +29,10 @@ mixeddim:prompts_skipped_total{engine="0",model_name="m",reason="session"} 0
 mixeddim:segments_compressed_total{engine="0",model_name="m",part="prompt"} 13
 mixeddim:segments_compressed_total{engine="0",model_name="m",part="answer"} 7
 mixeddim:segments_compressed_total{engine="1",model_name="m",part="answer"} 2
+mixeddim:segments_published_total{engine="0",model_name="m"} 8
+mixeddim:segments_hit_total{engine="0",model_name="m"} 21
+mixeddim:segments_evicted_total{engine="0",model_name="m"} 2
+mixeddim:shared_prefix_tokens_total{engine="0",model_name="m"} 12500
 mixeddim:compressed_tokens_total{engine="0",format="i4",model_name="m",part="prompt"} 70
 mixeddim:compressed_tokens_total{engine="0",format="i4",model_name="m",part="answer"} 5
 mixeddim:compressed_tokens_total{engine="0",format="full",model_name="m",part="prompt"} 25
@@ -53,6 +57,8 @@ def test_numbers_are_summed_over_engines_and_rates_are_per_second():
     assert "KV bytes 2 MiB held of 8 MiB at full size (25.0%)" in shown
     assert "prompts 12 compressed, 5 skipped (too_short 5)" in shown
     assert "segments 13 of prompts and 9 of answers compressed" in shown
+    read = "shared prefixes 21 segments read of 8 published, 2 seen evicted; 12,500 prompt tokens"
+    assert f"{read} not computed" in shown
     assert "compression 0.250 s on average" in shown
     assert any(line.startswith("KV cache") and line.endswith("30.0%") for line in shown)
     assert any(line.startswith("as i4") and line.endswith("75.0%") for line in shown)

@@ -31,6 +31,13 @@ def test_managers_free_ranges_of_blocks():
     assert list(parameters) == ["self", "request_id", "first_block", "last_block"]
 
 
+def test_blocks_take_a_hash_of_ours():
+    from vllm.v1.core.block_pool import BlockPool
+
+    parameters = inspect.signature(BlockPool._insert_block_hash).parameters
+    assert list(parameters) == ["self", "block_hash_with_group_id", "block", "num_tokens"]
+
+
 def test_who_chooses_the_block_size():
     """vLLM 0.32's CPU platform asks no backend; where this fails, the shim can go or must stay."""
     from vllm.platforms.cpu import CpuPlatform

@@ -6,7 +6,7 @@ must find the tokens it stands for, and a lease must be its request's alone.
 """
 
 import math
-from itertools import islice
+from itertools import islice, takewhile
 
 import pytest
 import torch
@@ -41,8 +41,9 @@ from mdkv_vllm.plugin.metrics.table import (
     PROMPTS_SKIPPED,
     SEGMENTS_COMPRESSED,
 )
+from mdkv_vllm.plugin.shared_prefixes import shared_segments
 from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
-from mdkv_vllm.plugin.validation import admit
+from mdkv_vllm.plugin.validation import Room, admit
 
 BLOCK, LAYERS, BLOCKS, IN_FLIGHT = 16, 2, 64, 500
 BLOCK_BYTES = LAYERS * 2 * BLOCK * 2 * 64 * 2
@@ -78,7 +79,7 @@ def make_manager(caching=True, config=CONFIG):
 def make_request(name, prompt, budget=None, config=CONFIG, others=None, **changes):
     extra = (others or {}) | ({REQUEST_BUDGET: budget} if budget else {})
     params = SamplingParams(max_tokens=100, extra_args=extra or None)
-    admit(params, config)
+    admit(params, config, Room(shares=config.shares_prefixes(head_scores=True)))
     hasher = get_request_block_hasher(BLOCK, sha256)
     return Request(name, prompt, params, None, block_hasher=hasher, **changes)
 
@@ -108,6 +109,7 @@ class LeaseLife(RuleBasedStateMachine):
         self.ripe: list[tuple[Request, Segment, list[int]]] = []
         self.count = 0
         self.admitted: dict[str, Request] = {}
+        self.hits = 0
 
     @rule(
         which=st.integers(0, 2),
@@ -123,10 +125,9 @@ class LeaseLife(RuleBasedStateMachine):
     @rule(chunk=st.integers(1, IN_FLIGHT), early=st.integers(0, 3))
     def admit_first(self, chunk, early):
         request = self.waiting[0]
+        self.manager.new_step_starts()
         hits, num_hit, _ = self.manager.get_computed_blocks(request)
-        for index, block in enumerate(hits.blocks[0]):
-            upto = (index + 1) * BLOCK
-            assert self.memory[block.block_id] == tuple(request.all_token_ids[:upto])
+        self._check_hits(request, hits.blocks[0])
         chunk = min(chunk, request.num_tokens - num_hit)
         if self.manager.allocate_slots(request, chunk, num_hit, hits) is None:
             return
@@ -137,6 +138,23 @@ class LeaseLife(RuleBasedStateMachine):
         self.admitted[request.request_id] = request
         self.compressed[request.request_id] = 0
         self._run(request, chunk, early)
+
+    def _check_hits(self, request, blocks):
+        """They hold the request's tokens, or leases that depend on nothing else."""
+        tokens, before = tuple(request.all_token_ids), ()
+        shared = shared_segments(blocks)
+        self.hits += bool(shared)
+        for segment in shared:
+            bounds = (segment.first_block, *segment.lease)
+            for block in blocks[slice(*segment.lease)]:
+                kind, seen, *where = self.memory[block.block_id]
+                assert kind == "lease"
+                assert seen == tokens[: len(seen)]
+                assert where == [bounds, before]
+            before += (bounds,)
+        if not shared:
+            for index, block in enumerate(blocks):
+                assert self.memory[block.block_id] == tokens[: (index + 1) * BLOCK]
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), chunk=st.integers(1, 300), early=st.integers(0, 3))
@@ -156,10 +174,12 @@ class LeaseLife(RuleBasedStateMachine):
 
     def _step(self, request, chunk, early):
         chunk = min(chunk, request.num_tokens - request.num_computed_tokens)
+        self.manager.new_step_starts()
         while self.manager.allocate_slots(request, chunk) is None:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is request:
+                self._compress_due()  # a step without tokens is a step too
                 return
         self._run(request, chunk, early)
 
@@ -172,6 +192,7 @@ class LeaseLife(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish_one(self, data):
         request = data.draw(st.sampled_from(self.running))
+        request.status = RequestStatus.FINISHED_STOPPED
         self._leave(request)
 
     def _leave(self, request):
@@ -180,15 +201,14 @@ class LeaseLife(RuleBasedStateMachine):
         self.manager.free(request)
 
     def _preempt(self, request):
-        self._leave(request)
         request.status = RequestStatus.PREEMPTED
+        self._leave(request)
         request.num_computed_tokens = 0
         self.waiting.insert(0, request)
 
     def _run(self, request, chunk, early):
         """What the worker does in a step: compress what is due and some of the rest, then write."""
-        for one in [one for one in self.ripe if one[0].num_computed_tokens >= one[1].due_at]:
-            self._compress(one)
+        self._compress_due()
         for one in self.ripe[:early]:
             self._compress(one)
         before = request.num_computed_tokens
@@ -212,6 +232,10 @@ class LeaseLife(RuleBasedStateMachine):
         if after == request.num_tokens:
             request.append_output_token_ids(7)
 
+    def _compress_due(self):
+        for one in [one for one in self.ripe if one[0].num_computed_tokens >= one[1].due_at]:
+            self._compress(one)
+
     def _compress(self, one):
         request, segment, ids = one
         self.ripe.remove(one)
@@ -226,14 +250,22 @@ class LeaseLife(RuleBasedStateMachine):
             block = self.pool.blocks[ids[index]]
             assert block.ref_cnt == 1, "a lease block is shared"
             assert block.block_hash is None, "a lease block is hashed"
-            self.memory[block.block_id] = ("lease", request.request_id, segment.first_block)
+            self.memory[block.block_id] = self._content(request, segment)
+
+    def _content(self, request, segment):
+        """What its lease depends on: tokens, where it lies, and the leases before it."""
+        plan = self.single.plan_of(request)
+        own = takewhile(lambda one: one.end_block < segment.end_block, plan.segments())
+        before = tuple((one.first_block, *one.lease) for one in [*plan.shared, *own])
+        tokens = tuple(request.all_token_ids[: segment.ripe_at])
+        return "lease", tokens, (segment.first_block, *segment.lease), before
 
     def _leases(self, request):
         plan = self.single.plan_of(request)
         if not isinstance(plan, RequestPlan):
             return []
-        number = self.compressed[request.request_id]
-        return [segment.lease for segment in islice(plan.segments(), number)]
+        own = islice(plan.segments(), self.compressed[request.request_id])
+        return [segment.lease for segment in [*plan.shared, *own]]
 
     @invariant()
     def no_leak_and_no_double_use(self):
@@ -255,15 +287,16 @@ class LeaseLife(RuleBasedStateMachine):
                 assert not any(block.is_null for block in blocks)
                 continue
             due = plan.due(self.processed[request.request_id])
-            freed = {b for s in due for b in range(s.first_block, s.first_lease_block)}
+            gone = [*plan.shared, *due]
+            freed = {b for s in gone for b in range(s.first_block, s.first_lease_block)}
             assert freed == {index for index, block in enumerate(blocks) if block.is_null}
-            for segment in plan.ripe(request.num_computed_tokens):
-                for block in blocks[segment.first_lease_block : segment.end_block]:
-                    assert block.block_hash is None
-            for number, (first, end) in enumerate(self._leases(request)):
-                start = next(islice(plan.segments(), number, None)).first_block
-                for block in blocks[first:end]:
-                    assert self.memory[block.block_id] == ("lease", request.request_id, start)
+            written = self.compressed[request.request_id]
+            for number, segment in enumerate(plan.ripe(request.num_computed_tokens)):
+                for block in blocks[slice(*segment.lease)]:
+                    if number >= written:
+                        assert block.block_hash is None
+                    else:
+                        assert self.memory[block.block_id] == self._content(request, segment)
 
     @invariant()
     def nobody_holds_more_than_declared(self):

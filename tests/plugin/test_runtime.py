@@ -14,6 +14,7 @@ from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.core.plan import SharedSegment
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels
@@ -432,3 +433,25 @@ def test_numbers_that_come_after_a_preemption_count_no_lease(monkeypatch):
     assert worker.runtime.status()["totals"]["prompts"] == 1
     assert recorder.value(COMPRESSED_TOKENS, format="i4", part="prompt") > 0
     assert recorder.value(LEASE_BYTES) == 0
+
+
+def test_leases_of_others_are_read():
+    """By a request that begins behind them, as by the one that wrote them; not after a preemption."""
+    worker = Worker()
+    worker.table = torch.randperm(BLOCKS)[:30].int().repeat(8, 1)
+    worker.prefill([PROMPT])
+    (segment,) = worker.runtime.policy.plan(PROMPT).prompt_segments
+    end, upto = segment.end_token, PROMPT + 20
+    with worker.runtime.step(set(), set(), []):
+        batch = worker.batch(["a"], [20], [upto])
+        own = worker.forward(worker.runtime.begin_step(batch), worker.queries[:, PROMPT:upto])
+    shared = (SharedSegment(segment.first_block, *segment.lease),)
+    other = CompressionRequest("b", PROMPT + 40, shared=shared)
+    with worker.runtime.step({"a"}, set(), [other]):
+        metadata = worker.runtime.begin_step(worker.batch(["b"], [upto - end], [upto]))
+        read = worker.forward(metadata, worker.queries[:, end:upto])
+    for mine, its in zip(read, own, strict=True):
+        torch.testing.assert_close(mine[PROMPT - end :], its)
+    assert worker.runtime.status()["requests"][0]["compressed_segments"] == 1
+    with worker.runtime.step(set(), {"b"}, []):
+        assert worker.runtime.status()["requests"][0]["compressed_segments"] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from mdkv_vllm.config import EVEN_HEADS, PROMPT_BASIS
+from mdkv_vllm.config import COMPRESSED, EVEN_HEADS, FULL_SIZE, PROMPT_BASIS
 from mdkv_vllm.policy import Policy
 
 
@@ -36,6 +36,7 @@ def configuration(policy: Policy, model: str) -> dict[str, str]:
         "min_prompt_tokens": str(config.min_prompt_tokens),
         "segments": config.segments,
         "segment_tokens": str(config.segment_tokens),
+        "shared_prefixes": COMPRESSED if policy.shares else FULL_SIZE,
     }
 
 

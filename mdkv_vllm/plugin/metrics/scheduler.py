@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mdkv_vllm.core.plan import PARTS, RequestPlan, Segment, SkipReason
+from collections.abc import Sequence
+
+from mdkv_vllm.core.plan import PARTS, RequestPlan, Segment, SharedSegment, SkipReason
 from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,
@@ -12,8 +14,25 @@ from mdkv_vllm.plugin.metrics.table import (
     PROMPTS_COMPRESSED,
     PROMPTS_SKIPPED,
     SEGMENTS_COMPRESSED,
+    SEGMENTS_EVICTED,
+    SEGMENTS_HIT,
+    SEGMENTS_PUBLISHED,
+    SHARED_TOKENS,
 )
 from mdkv_vllm.policy import Policy
+
+
+_PLAIN = (
+    PROMPTS_COMPRESSED,
+    PROMPT_BUDGET,
+    BLOCKS_RETURNED,
+    FULL_BYTES,
+    KEPT_BYTES,
+    SEGMENTS_PUBLISHED,
+    SEGMENTS_HIT,
+    SEGMENTS_EVICTED,
+    SHARED_TOKENS,
+)
 
 
 class SchedulerMetrics:
@@ -31,7 +50,8 @@ class SchedulerMetrics:
         self._held: dict[str, int] = {}
         self._returned: dict[str, int] = {}
         self._full_blocks = self._returned_blocks = 0
-        for metric in (PROMPTS_COMPRESSED, PROMPT_BUDGET, BLOCKS_RETURNED, FULL_BYTES, KEPT_BYTES):
+        self._published = self._evicted = 0
+        for metric in _PLAIN:
             self._recorder.declare(metric)
         for reason in SkipReason:
             self._recorder.declare(PROMPTS_SKIPPED, reason=reason.value)
@@ -69,6 +89,28 @@ class SchedulerMetrics:
         self._recorder.add(SEGMENTS_COMPRESSED, part=segment.part)
         self._recorder.add(BLOCKS_RETURNED, blocks)
         self._set_bytes()
+
+    def shares(self, request_id: str, segments: Sequence[SharedSegment], block_size: int) -> None:
+        """A request that has just been given blocks reads segments of others.
+
+        Args:
+            request_id: vLLM's.
+            segments: what it reads, from its first token on.
+            block_size: tokens in one block.
+        """
+        if not segments:
+            return
+        freed = sum(one.num_freed_blocks for one in segments)
+        self._returned[request_id] = self._returned.get(request_id, 0) + freed
+        self._returned_blocks += freed
+        self._recorder.add(SEGMENTS_HIT, len(segments))
+        self._recorder.add(SHARED_TOKENS, segments[-1].end_block * block_size)
+
+    def published(self, published: int, evicted: int) -> None:
+        """So many segments were published, and so many of them seen to be gone, in all."""
+        self._recorder.add(SEGMENTS_PUBLISHED, published - self._published)
+        self._recorder.add(SEGMENTS_EVICTED, evicted - self._evicted)
+        self._published, self._evicted = published, evicted
 
     def released(self, request_id: str) -> None:
         """A request holds nothing any more."""

@@ -44,6 +44,26 @@ SEGMENTS_COMPRESSED = Metric(
     "Segments whose blocks before their lease were given back, of prompts and of answers.",
     ("part",),
 )
+SEGMENTS_PUBLISHED = Metric(
+    "mixeddim:segments_published",
+    "counter",
+    "Compressed segments that other requests may read since.",
+)
+SEGMENTS_HIT = Metric(
+    "mixeddim:segments_hit",
+    "counter",
+    "Compressed segments of others that a scheduled request reads instead of computing them.",
+)
+SEGMENTS_EVICTED = Metric(
+    "mixeddim:segments_evicted",
+    "counter",
+    "Published segments that were found to be evicted; noticed when somebody looks for them.",
+)
+SHARED_TOKENS = Metric(
+    "mixeddim:shared_prefix_tokens",
+    "counter",
+    "Prompt tokens that were read from compressed segments of others.",
+)
 PROMPTS_SKIPPED = Metric(
     "mixeddim:prompts_skipped",
     "counter",
@@ -108,12 +128,17 @@ CONFIG_INFO = Metric(
         "min_prompt_tokens",
         "segments",
         "segment_tokens",
+        "shared_prefixes",
     ),
 )
 
 METRICS = (
     PROMPTS_COMPRESSED,
     SEGMENTS_COMPRESSED,
+    SEGMENTS_PUBLISHED,
+    SEGMENTS_HIT,
+    SEGMENTS_EVICTED,
+    SHARED_TOKENS,
     PROMPTS_SKIPPED,
     PROMPT_BUDGET,
     BLOCKS_RETURNED,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ class HeldRequest:
     Attributes:
         request: what compression was told of it.
         plan: its segments; None where it stays uncompressed.
-        leases: of its compressed segments, in order: first block and the one behind the last.
+        leases: of its compressed segments, in order, those of others that it reads first: first
+            block and the one behind the last.
         windows: by segments that are not compressed yet, the queries captured so far, see
             :class:`.query_window.QueryWindow`.
         computed_tokens: that it had after its last step.
@@ -43,11 +44,6 @@ class HeldRequest:
                 return
             yield segment
             number += 1
-
-    def lose_blocks(self) -> None:
-        """Begin again: a preemption took all its blocks."""
-        self.leases, self.windows = [], {}
-        self.computed_tokens = self.given = 0
 
     def _segment(self, number: int) -> Segment | None:
         if self.plan is None:
@@ -81,14 +77,17 @@ class RequestTable:
         for request in new:
             plan = self._policy.plan_request(request)
             planned = plan if isinstance(plan, RequestPlan) else None
-            self._held[request.request_id] = HeldRequest(request, planned)
+            shared = [one.lease for one in request.shared]
+            self._held[request.request_id] = HeldRequest(request, planned, shared)
 
     def remove(self, finished: set[str], preempted: set[str]) -> None:
         """Forget requests that ended, and the leases of those that lost their blocks."""
         for request_id in finished:
             self._held.pop(request_id, None)
         for request_id in preempted & self._held.keys():
-            self._held[request_id].lose_blocks()
+            held = self._held[request_id]
+            # It comes again without the leases of others: see MixedDimManager.
+            self.add([replace(held.request, shared=())])
 
     def describe(self) -> list[dict[str, Any]]:
         """Every request, without its content."""

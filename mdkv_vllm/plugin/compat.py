@@ -6,6 +6,7 @@ of them changes or is no longer needed, on each version that it is run with.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,18 @@ def cache_block(
 
     key = make_block_hash_with_group_id(block_hash, group_id)
     block_pool._insert_block_hash(key, block, num_tokens=None)
+
+
+def reuse_first(block_pool: BlockPool, blocks: Iterable[KVCacheBlock]) -> None:
+    """Let free blocks be given away before all others; they keep their hash until then.
+
+    Private because vLLM orders its free blocks by their last use alone; can go when a manager may
+    say which of the blocks that it frees are worth less.
+    """
+    free = [block for block in blocks if block.ref_cnt == 0 and not block.is_null]
+    for block in free:
+        block_pool.free_block_queue.remove(block)
+    block_pool.free_block_queue.prepend_n(free)
 
 
 def step_activations(worker: Worker, estimates_graphs: bool) -> int:

@@ -26,7 +26,7 @@ from mdkv_vllm.core.plan import (
     SkipReason,
     may_share,
 )
-from mdkv_vllm.plugin.compat import remove_blocks
+from mdkv_vllm.plugin.compat import remove_blocks, reuse_first
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
 from mdkv_vllm.plugin.shared_prefixes import Prefix, SharedPrefixes, shared_segments
 from mdkv_vllm.request import CompressionRequest, with_shared, without_compression
@@ -88,6 +88,7 @@ class MixedDimManager(FullAttentionManager):
         # it only where caching is enabled; whether blocks are hashed is decided below.
         self.enable_caching = True
         self._residents: dict[str, _Resident] = {}
+        self._stride = self._policy.config.segment_tokens // self.block_size
         self._steps = 0
         self._shared = SharedPrefixes(self.block_pool, self.kv_cache_group_id, self.block_size)
         self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
@@ -283,10 +284,24 @@ class MixedDimManager(FullAttentionManager):
         if resident.written_in < self._steps:
             self._publish(resident)
         while (segment := resident.due) and segment.due_at <= processed_computed_tokens:
-            remove_blocks(self, request_id, segment.first_block, segment.first_lease_block)
+            self._give_back(resident, segment)
             self._metrics.returned(request_id, segment)
             resident.free(segment)
             resident.written_in = self._steps
+
+    def _give_back(self, resident: _Resident, segment: Segment) -> None:
+        """Free the blocks before a segment's lease.
+
+        They may be found at full size until they are given away. Of a segment of one stride that
+        serves only who differs within it, while others read the lease: so they go first. By last
+        use alone they would drive out leases, each of which stands for several times as much.
+        """
+        request_id = resident.request.request_id
+        first, last = segment.first_block, segment.first_lease_block
+        freed = self.req_to_blocks[request_id][first:last]
+        remove_blocks(self, request_id, first, last)
+        if resident.path is not None and segment.num_blocks <= 3 * self._stride // 2:
+            reuse_first(self.block_pool, freed)
 
     def new_step_starts(self) -> None:
         """Whoever still holds blocks was not preempted in the step before."""

@@ -10,7 +10,11 @@ pytest.importorskip("vllm")
 from vllm import _custom_ops
 from vllm.v1.attention.backends import cpu_attn
 
-from mdkv_vllm.plugin.compat import asks_no_backend_for_its_block_size, step_activations
+from mdkv_vllm.plugin.compat import (
+    asks_no_backend_for_its_block_size,
+    reuse_first,
+    step_activations,
+)
 
 
 def test_attention_isa_is_still_ours_to_choose():
@@ -36,6 +40,17 @@ def test_blocks_take_a_hash_of_ours():
 
     parameters = inspect.signature(BlockPool._insert_block_hash).parameters
     assert list(parameters) == ["self", "block_hash_with_group_id", "block", "num_tokens"]
+
+
+def test_free_blocks_may_be_put_first():
+    from vllm.v1.core.block_pool import BlockPool
+
+    pool = BlockPool(num_gpu_blocks=8, enable_caching=True, hash_block_size=16)
+    taken = pool.get_new_blocks(3)
+    pool.free_blocks(taken[:2])
+    reuse_first(pool, [pool.null_block, *taken])  # one is in use
+    assert pool.get_num_free_blocks() == 6
+    assert pool.get_new_blocks(2) == taken[:2]
 
 
 def test_who_chooses_the_block_size():

@@ -205,6 +205,21 @@ def test_rolling_documents_are_shared_between_questions():
     assert hit == 18 * BLOCK
 
 
+def test_leases_outlive_the_full_size_blocks_of_rolling_documents():
+    """The cache holds three documents at full size, and the leases of six."""
+    manager = make_manager(config=ROLLING)
+    documents = [[10_000 * i + n for n in range(310)] for i in range(6)]
+    for number, tokens in enumerate(documents):
+        request = make_request(f"a{number}", tokens, config=ROLLING)
+        prefill(manager, request)
+        decode(manager, request, 3)
+        finish(manager, request)
+    for number, tokens in enumerate(documents):
+        request = make_request(f"b{number}", [*tokens, 5, 6, 7], config=ROLLING)
+        assert prefill(manager, request) >= 12 * BLOCK
+        finish(manager, request)
+
+
 def test_segments_are_read_off_the_table():
     class Block:
         def __init__(self, null):

@@ -2,13 +2,14 @@
 
     python benchmarks/shared_prefixes.py --model MODEL --dtype bfloat16 --out results/shared.json
 
-One server after the other gets the same requests, one at a time, and the same bytes of KV memory: what
-`--holds` documents take in a 16-bit cache, plus the one block that vLLM never gives to a request.
+One server after the other gets the same requests, one at a time, and the same bytes of KV memory:
+what `--holds` documents take in a 16-bit cache, plus the one block that vLLM never gives away.
 
-- Documents: each is asked about once, then all of them again in the same order, `--rounds` times; every question is
-  another one. Measured from the second round on: prompt tokens that were computed, time to first token.
-- Chat: `--turns` turns, each of which brings `--turn-tokens` tokens and gets an answer of 64. Measured from the
-  second turn on, per turn: prompt tokens that were computed beyond the new ones.
+- Documents: each is asked about once, then all of them again in the same order, `--rounds` times;
+  every question is another one. Measured from the second round on: prompt tokens that were
+  computed, time to first token.
+- Chat: `--turns` turns, each of which brings `--turn-tokens` tokens and gets an answer of 64.
+  Measured from the second turn on, per turn: prompt tokens computed beyond the new ones.
 
 Documents are random tokens: what is read from a cache does not depend on what it says.
 """

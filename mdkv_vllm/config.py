@@ -86,8 +86,8 @@ class MixedDimConfig:
         segments: ``prompt`` compresses each prompt as one segment when it has been prefilled;
             ``rolling`` by ``segment_tokens``, while it is being prefilled; ``auto`` rolls prompts
             of more than 8,192 tokens.
-        shared_prefixes: ``compressed`` lets requests read the leases of others with the same prefix;
-            ``full`` only blocks that are cached at full size.
+        shared_prefixes: ``compressed`` lets requests read the leases of others with the same
+            prefix; ``full`` only blocks that are cached at full size.
         formats: ``default``, ``paper``, or a list of format names.
         basis: ``prompt``, a path to a calibrated basis, or None to look for
             ``mixeddim_basis.safetensors`` in the model folder.

@@ -16,12 +16,11 @@ from mdkv_vllm.core.plan import (
     PlanTerms,
     RequestPlan,
     Rule,
-    Segment,
-    SharedSegment,
     SkipReason,
     most_blocks,
     plan_request,
 )
+from mdkv_vllm.core.segment import Segment, SharedSegment
 from mdkv_vllm.request import CompressionRequest
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from mdkv_vllm.config import REQUEST_BUDGET, REQUEST_FIELDS, Budget, request_budget
-from mdkv_vllm.core.plan import SharedSegment
+from mdkv_vllm.core.segment import SharedSegment
 
 _SHARED = "mixeddim_shared_segments"
 """Key of ``extra_args`` in which the scheduler tells workers what a request shares. Clients may not

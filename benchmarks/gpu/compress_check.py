@@ -20,8 +20,8 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.core.prompt import Prompt as LayeredPrompt
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.kernels.interface import DecodeBatch, DecodeConfig
 from mdkv_vllm.kernels.triton.compress import TritonKernels
 from mdkv_vllm.testing.lists import ChosenBefore, assert_nearly_the_same_lists

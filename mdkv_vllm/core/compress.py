@@ -28,8 +28,8 @@ from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.kernels import CompressionKernels, ReferenceKernels
 from mdkv_vllm.core.layout import LeaseLayout
 from mdkv_vllm.core.losses import Loss
-from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.core.prompt import LoadLayer, Prompt
+from mdkv_vllm.core.segment import Segment
 
 
 @dataclass

@@ -21,11 +21,11 @@ from enum import Enum
 from functools import cached_property
 from itertools import chain, count, takewhile
 
+from mdkv_vllm.core.segment import PARTS, Segment, SharedSegment
+
 SLACK_TOKENS = 32
 """Tokens that a request may compute after a segment of its answer is ripe before that segment is
 compressed."""
-PARTS = ("prompt", "answer")
-"""What a segment is part of: a segment that ripens with generated tokens is of the answer."""
 AUTO_PROMPT_TOKENS = 8192
 """The longest prompt that is one segment where the rule is :attr:`Rule.AUTO`."""
 
@@ -96,103 +96,6 @@ class PlanTerms:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Consecutive blocks of a request that one compression takes.
-
-    Attributes:
-        first_block: block-table index of its first block.
-        first_lease_block: of the first block kept; those of the segment before it are freed.
-        end_block: its boundary, one past its last block; the lease is
-            ``first_lease_block .. end_block - 1``.
-        block_size: tokens in one block.
-        window_start: position of the first query that scores it.
-        ripe_at: computed tokens from which it may be compressed, one past the last such query.
-        due_at: computed tokens at which it is compressed before anything else is computed, so
-            that its blocks may be freed.
-        part: one of :data:`PARTS`.
-    """
-
-    first_block: int
-    first_lease_block: int
-    end_block: int
-    block_size: int
-    window_start: int
-    ripe_at: int
-    due_at: int
-    part: str
-
-    @property
-    def num_lease_blocks(self) -> int:
-        """Blocks that it keeps."""
-        return self.end_block - self.first_lease_block
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that it has before it is compressed."""
-        return self.end_block - self.first_block
-
-    @property
-    def first_token(self) -> int:
-        """Its first token's position."""
-        return self.first_block * self.block_size
-
-    @property
-    def end_token(self) -> int:
-        """The position behind its last token."""
-        return self.end_block * self.block_size
-
-    @property
-    def span_tokens(self) -> int:
-        """Tokens that are compressed."""
-        return self.num_blocks * self.block_size
-
-    @property
-    def loaded_tokens(self) -> int:
-        """Tokens that its compression reads: its own, and those up to the end of its window."""
-        return self.ripe_at - self.first_token
-
-    @property
-    def loaded_end(self) -> int:
-        """One past the last block of those tokens."""
-        return -(-self.ripe_at // self.block_size)
-
-    @property
-    def lease(self) -> tuple[int, int]:
-        """First block of the lease and the one behind its last."""
-        return self.first_lease_block, self.end_block
-
-
-@dataclass(frozen=True)
-class SharedSegment:
-    """A segment that another request compressed, and whose lease this one reads.
-
-    Attributes:
-        first_block: block-table index of its first block.
-        first_lease_block: of the first block of its lease.
-        end_block: one past its last block.
-    """
-
-    first_block: int
-    first_lease_block: int
-    end_block: int
-
-    @property
-    def num_freed_blocks(self) -> int:
-        """Blocks before its lease, which hold nothing."""
-        return self.first_lease_block - self.first_block
-
-    @property
-    def num_lease_blocks(self) -> int:
-        """Blocks that it keeps."""
-        return self.end_block - self.first_lease_block
-
-    @property
-    def lease(self) -> tuple[int, int]:
-        """First block of the lease and the one behind its last."""
-        return self.first_lease_block, self.end_block
-
-
-@dataclass(frozen=True)
 class RequestPlan:
     """The segments of a request, however many tokens it gets to.
 
@@ -259,7 +162,7 @@ class RequestPlan:
 
     def blocks_held(self, computed_tokens: int) -> int:
         """Blocks that are held after so many computed tokens, when everything due is freed."""
-        due = [*self.shared, *self.due(computed_tokens)]
+        due: list[Segment | SharedSegment] = [*self.shared, *self.due(computed_tokens)]
         behind = due[-1].end_block if due else 0
         blocks = max(-(-computed_tokens // self.terms.block_size), behind)
         return sum(one.num_lease_blocks for one in due) + blocks - behind

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mdkv_vllm.core.plan import PARTS
+from mdkv_vllm.core.segment import PARTS
 from mdkv_vllm.operate.scrape import Scrape, ServerAddress
 
 _BAR = 24
@@ -122,7 +122,8 @@ def _numbers(before: Scrape, now: Scrape) -> Table:
         ),
         (
             "segments",
-            f"{segments['prompt']:.0f} of prompts and {segments['answer']:.0f} of answers compressed",
+            f"{segments['prompt']:.0f} of prompts and {segments['answer']:.0f} of answers "
+            "compressed",
         ),
         (
             "shared prefixes",

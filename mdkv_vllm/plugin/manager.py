@@ -6,8 +6,8 @@ freed blocks keep their hash; a lease is hashed when it has been written, and ne
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -17,63 +17,14 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from mdkv_vllm.core.admission import Growth, most_growth
-from mdkv_vllm.core.plan import (
-    SLACK_TOKENS,
-    RequestPlan,
-    Segment,
-    SharedSegment,
-    SkipReason,
-    may_share,
-)
+from mdkv_vllm.core.admission import most_growth
+from mdkv_vllm.core.plan import SLACK_TOKENS, RequestPlan, SkipReason, may_share
+from mdkv_vllm.core.segment import Segment, SharedSegment
 from mdkv_vllm.plugin.compat import remove_blocks, reuse_first
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
-from mdkv_vllm.plugin.shared_prefixes import Prefix, SharedPrefixes, shared_segments
+from mdkv_vllm.plugin.resident import Resident, growth_of, segments_of
+from mdkv_vllm.plugin.shared_prefixes import SharedPrefixes, shared_segments
 from mdkv_vllm.request import CompressionRequest, with_shared, without_compression
-
-
-@dataclass
-class _Resident:
-    """A request that holds blocks.
-
-    Attributes:
-        request: vLLM's.
-        plan: its segments, or why it has none.
-        unfreed: those that come after ``due``.
-        due: the next one that gives blocks back.
-        ends_at: tokens that it has at most.
-        path: the segments so far that others may read; None where a next one is not for others.
-        computed: tokens that are known to be computed.
-        freed: blocks that it does not hold, though they stand in its table.
-        written: segments that the worker compresses in this step at the latest.
-        written_in: this step's number.
-    """
-
-    request: Request
-    plan: RequestPlan | SkipReason
-    unfreed: Iterator[Segment]
-    due: Segment | None
-    ends_at: int
-    path: Prefix | None
-    computed: int = 0
-    freed: int = 0
-    written: list[Segment] = field(default_factory=list)
-    written_in: int = 0
-
-    def growth(self, blocks: int) -> Growth:
-        """What is to come of it.
-
-        Args:
-            blocks: of its table, those given back among them.
-        """
-        left = max(0, self.ends_at - self.computed)
-        return _growth(blocks - self.freed, left, self.computed, self.due)
-
-    def free(self, segment: Segment) -> None:
-        """Go on to the segment behind one whose blocks are given back."""
-        self.freed += _freed(segment)
-        self.written.append(segment)
-        self.due = next(self.unfreed, None)
 
 
 class MixedDimManager(FullAttentionManager):
@@ -87,7 +38,8 @@ class MixedDimManager(FullAttentionManager):
         # cache_blocks is the one call that shows a manager the request itself, and vLLM makes
         # it only where caching is enabled; whether blocks are hashed is decided below.
         self.enable_caching = True
-        self._residents: dict[str, _Resident] = {}
+        self._shares = self._policy.shares and self._hashes_blocks
+        self._residents: dict[str, Resident] = {}
         self._stride = self._policy.config.segment_tokens // self.block_size
         self._steps = 0
         self._shared = SharedPrefixes(self.block_pool, self.kv_cache_group_id, self.block_size)
@@ -126,9 +78,9 @@ class MixedDimManager(FullAttentionManager):
         self._tell_worker(request, shared)
         parsed = _parse(request)
         decided = self._decide(request, parsed)
-        segments = _segments(decided)
-        for_others = self._policy.shares and parsed.budget is None
-        resident = self._residents[request_id] = _Resident(
+        segments = segments_of(decided)
+        for_others = self._shares and parsed.budget is None
+        self._residents[request_id] = Resident(
             request,
             decided,
             segments,
@@ -155,7 +107,7 @@ class MixedDimManager(FullAttentionManager):
             request.sampling_params.extra_args = told
 
     def _before_leases(self, plan: RequestPlan | SkipReason, tokens: int) -> int:
-        """Of so many tokens, those before the first lease that a request ever has."""
+        """Of so many tokens, those before the first lease that a request ever has of its own."""
         first = plan.first_lease_block if isinstance(plan, RequestPlan) else None
         return tokens if first is None else min(tokens, first * self.block_size)
 
@@ -200,7 +152,8 @@ class MixedDimManager(FullAttentionManager):
         """
         request = self._seen.get(id(block_hashes))
         if request is not None and request.block_hashes is block_hashes:
-            plan = self.plan_of(request)
+            # The worker remembers it, and is not told anew of leases that it may share.
+            plan = self._policy.plan_request(replace(_parse(request), shared=()))
         else:
             request, plan = None, self._policy.plan(max_length + 1)
         full_size, tokens = super().find_longest_cache_hit(
@@ -211,8 +164,7 @@ class MixedDimManager(FullAttentionManager):
             kv_cache_spec,
             **kwargs,
         )
-        # The worker remembers of one that was preempted what it shared before, and is not told anew.
-        if not self._policy.shares or request is not None:
+        if not self._shares or request is not None:
             return full_size, tokens
         blocks = self._shared.find(block_hashes, max_length)
         if len(blocks) * self.block_size <= tokens:
@@ -260,7 +212,7 @@ class MixedDimManager(FullAttentionManager):
         plan = self._policy.plan(tokens, shared=shared)
         due = list(plan.prompt_segments) if isinstance(plan, RequestPlan) else []
         held = -(-tokens // self.block_size) - sum(one.num_freed_blocks for one in shared)
-        new = _growth(held, None, tokens, due[-1] if due else None)
+        new = growth_of(held, None, tokens, due[-1] if due else None)
         # So far that each of them gives back once, if it ever does.
         horizon = config.segment_tokens + config.window + SLACK_TOKENS
         return most_growth([new, *running], self.block_size, horizon)
@@ -289,7 +241,7 @@ class MixedDimManager(FullAttentionManager):
             resident.free(segment)
             resident.written_in = self._steps
 
-    def _give_back(self, resident: _Resident, segment: Segment) -> None:
+    def _give_back(self, resident: Resident, segment: Segment) -> None:
         """Free the blocks before a segment's lease.
 
         They may be found at full size until they are given away. Of a segment of one stride that
@@ -308,7 +260,7 @@ class MixedDimManager(FullAttentionManager):
         super().new_step_starts()
         self._steps += 1
 
-    def _publish(self, resident: _Resident) -> None:
+    def _publish(self, resident: Resident) -> None:
         """Let others read what the worker has compressed by now."""
         request, hashes = resident.request, resident.request.block_hashes
         while resident.written and resident.path is not None:
@@ -337,20 +289,6 @@ class MixedDimManager(FullAttentionManager):
     def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
         """No common prefix: cascade attention cannot read leases."""
         return 0
-
-
-def _segments(plan: RequestPlan | SkipReason) -> Iterator[Segment]:
-    return plan.segments() if isinstance(plan, RequestPlan) else iter(())
-
-
-def _freed(segment: Segment) -> int:
-    return segment.num_blocks - segment.num_lease_blocks
-
-
-def _growth(held: int, left: int | None, computed: int, due: Segment | None) -> Growth:
-    if due is None:
-        return Growth(held, left)
-    return Growth(held, left, max(0, due.due_at - computed), _freed(due))
 
 
 def _parse(request: Request) -> CompressionRequest:

@@ -22,7 +22,7 @@ from itertools import groupby
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
-from mdkv_vllm.core.plan import Segment, SharedSegment
+from mdkv_vllm.core.segment import Segment, SharedSegment
 from mdkv_vllm.plugin.compat import cache_block
 
 
@@ -181,8 +181,8 @@ class SharedPrefixes:
                     yield one
             return
         for number in range(path.end_block, len(block_hashes)):
-            if one := path.following.get(block_hashes[number]):
-                yield one
+            if found := path.following.get(block_hashes[number]):
+                yield found
 
     def _lease(self, path: Prefix) -> list[KVCacheBlock] | None:
         """The blocks of its last lease; None where one of them is gone."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mdkv_vllm.core.plan import PlanTerms, RequestPlan, Rule, Segment, plan_request
+from mdkv_vllm.core.plan import PlanTerms, RequestPlan, Rule, plan_request
+from mdkv_vllm.core.segment import Segment
 
 
 def prompt_segments(

@@ -44,7 +44,7 @@ class Chat:
         choice = answer["choices"][0]
         self.answers.append(choice["text"])
         told = NEEDLE.format(self.secret).rsplit(" ", 1)[0]
-        again = f"<|im_end|>\n<|im_start|>user\nOnce more: which code is it?<|im_end|>\n"
+        again = "<|im_end|>\n<|im_start|>user\nOnce more: which code is it?<|im_end|>\n"
         again += f"<|im_start|>assistant\n{told}"
         self.tokens = [
             *self.tokens, *choice["token_ids"],

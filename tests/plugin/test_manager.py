@@ -30,7 +30,8 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request, RequestStatus
 
 from mdkv_vllm.config import REQUEST_BUDGET, MixedDimConfig
-from mdkv_vllm.core.plan import RequestPlan, Segment, SkipReason
+from mdkv_vllm.core.plan import RequestPlan, SkipReason
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.plugin.metrics.recorder import current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,

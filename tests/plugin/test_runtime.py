@@ -14,7 +14,7 @@ from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES
-from mdkv_vllm.core.plan import SharedSegment
+from mdkv_vllm.core.segment import SharedSegment
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels
@@ -436,7 +436,7 @@ def test_numbers_that_come_after_a_preemption_count_no_lease(monkeypatch):
 
 
 def test_leases_of_others_are_read():
-    """By a request that begins behind them, as by the one that wrote them; not after a preemption."""
+    """Behind them a request begins, as if it had written them; not so after a preemption."""
     worker = Worker()
     worker.table = torch.randperm(BLOCKS)[:30].int().repeat(8, 1)
     worker.prefill([PROMPT])

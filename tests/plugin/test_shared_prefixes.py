@@ -7,7 +7,8 @@ pytest.importorskip("vllm")
 from test_manager import BLOCK, BLOCKS, ROLLING, document, make_manager, make_request
 from vllm.v1.request import RequestStatus
 
-from mdkv_vllm.core.plan import SharedSegment
+from mdkv_vllm.core.plan import RequestPlan
+from mdkv_vllm.core.segment import SharedSegment
 from mdkv_vllm.plugin.metrics.recorder import current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     KEPT_BYTES,
@@ -157,6 +158,22 @@ def test_one_that_is_resumed_forgets_what_it_shared(manager):
     second.num_computed_tokens = 0
     prefill(manager, second)
     assert not told(second)
+
+
+def test_one_that_is_resumed_is_compressed_again(manager):
+    """Though its own prompt is cached at full size by then, beyond its first lease's begin."""
+    begun = first_turn(manager) + document(2, 100)
+    second = make_request("second", begun)
+    prefill(manager, second)
+    finish(manager, second, RequestStatus.PREEMPTED)
+    longer = make_request("longer", [*begun, *document(2, 300)], cache_salt=None)
+    manager.reset_prefix_cache()
+    prefill(manager, longer)
+    second.num_computed_tokens = 0
+    assert prefill(manager, second) > 0
+    plan = manager.coordinator.single_type_managers[0].plan_of(second)
+    assert isinstance(plan, RequestPlan)
+    assert not plan.shared
 
 
 def test_an_evicted_lease_is_not_found(manager):

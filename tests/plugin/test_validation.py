@@ -86,7 +86,7 @@ def test_gpus_hold_memory_for_the_servers_budget_alone(default, fields, refused)
     ],
 )
 def test_a_request_that_would_not_fit_at_its_own_budget(fields, prompt, answer, refused):
-    """The cache holds 2,000 tokens at full size, and start-up promised the server's budget alone."""
+    """The cache holds 2,000 tokens at full size; start-up promised the server's budget alone."""
     room = Room(tokens=2000, longest=4096)
     params = SamplingParams(extra_args=fields, max_tokens=answer)
     if not refused:

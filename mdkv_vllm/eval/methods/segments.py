@@ -12,8 +12,9 @@ from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedSegment, Compressor
 from mdkv_vllm.core.formats import Rotation
 from mdkv_vllm.core.packing import unpack_list
-from mdkv_vllm.core.plan import RequestPlan, Segment
+from mdkv_vllm.core.plan import RequestPlan
 from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.eval.held_request import HeldRequest
 from mdkv_vllm.models.held_cache import HeldCache, Prefill, full_cache
 from mdkv_vllm.models.in_process import InProcessModel

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mdkv_vllm.core.plan import PARTS, RequestPlan, Segment, SharedSegment, SkipReason
+from mdkv_vllm.core.plan import RequestPlan, SkipReason
+from mdkv_vllm.core.segment import PARTS, Segment, SharedSegment
 from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     BLOCKS_RETURNED,
@@ -20,7 +21,6 @@ from mdkv_vllm.plugin.metrics.table import (
     SHARED_TOKENS,
 )
 from mdkv_vllm.policy import Policy
-
 
 _PLAIN = (
     PROMPTS_COMPRESSED,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm.tracing import SpanAttributes, instrument_manual
 
-from mdkv_vllm.core.plan import PARTS
+from mdkv_vllm.core.segment import PARTS
 from mdkv_vllm.plugin.metrics.recorder import Recorder, current_recorder
 from mdkv_vllm.plugin.metrics.table import (
     COMPRESSED_TOKENS,

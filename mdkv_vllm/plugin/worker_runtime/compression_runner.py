@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from mdkv_vllm.core.compress import Compressor
-from mdkv_vllm.core.plan import Segment
 from mdkv_vllm.core.prompt import LoadLayer, PagedTokens
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.plugin.kv_cache import load_tokens
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.worker_runtime.reports import CompressionRecord, Stopwatch, Totals

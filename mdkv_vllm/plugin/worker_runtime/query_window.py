@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mdkv_vllm.core.plan import Segment
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.plugin.worker_runtime.metadata import Capture, MixedDimMetadata
 from mdkv_vllm.plugin.worker_runtime.request_table import HeldRequest
 from mdkv_vllm.policy import Policy

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mdkv_vllm.core.layout import LeaseLayout
-from mdkv_vllm.core.plan import Segment
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.request import CompressionRequest
 
 _RECENT = 64

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.core.plan import RequestPlan, Segment
+from mdkv_vllm.core.plan import RequestPlan
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.policy import Policy
 from mdkv_vllm.request import CompressionRequest
 

@@ -12,9 +12,11 @@ from mdkv_vllm.core.plan import (
     RequestPlan,
     Rule,
     SkipReason,
+    may_share,
     most_blocks,
     plan_request,
 )
+from mdkv_vllm.core.segment import SharedSegment
 
 terms = st.builds(
     lambda block_size, strides, window, **more: PlanTerms(
@@ -180,3 +182,35 @@ def test_a_rolling_prompts_last_segment_has_half_a_stride_at_least(prompt_tokens
     plan = plan_request(prompt_tokens, replace(TERMS, rule=Rule.ROLLING))
     found = [segment.end_token for segment in plan.prompt_segments]
     assert found == [end // 16 * 16 for end in ends]
+
+
+@given(terms, st.lists(st.tuples(st.integers(1, 3000), st.integers(0, 900)), max_size=6),
+       st.integers(1, 2048), st.data())  # fmt: skip
+def test_turns_that_share_hold_no_more_than_declared(terms, turns, in_flight, data):
+    """Each reads what those before it published, and its own segments follow without a gap."""
+    terms = replace(terms, shares=True, answers=True)
+    size, shared, tokens = terms.block_size, (), 0
+    for new, answer in turns:
+        prompt, tokens = tokens + new, tokens + new + answer
+        plan = plan_request(prompt, terms, shared)
+        if isinstance(plan, SkipReason):
+            continue
+        own, behind = plan.due(tokens + 5000), plan.first_own_block
+        for segment in own:
+            assert segment.first_block == behind
+            assert segment.first_block < segment.first_lease_block < segment.end_block
+            behind = segment.end_block
+        computed = plan.first_own_block * size
+        while computed < tokens:
+            due = [*shared, *plan.due(computed)]
+            behind = due[-1].end_block if due else 0
+            scheduled = min(tokens, computed + data.draw(st.integers(1, in_flight)))
+            held = sum(one.num_lease_blocks for one in due)
+            held += max(0, -(-scheduled // size) - behind)
+            assert held <= most_blocks(terms, tokens, in_flight)
+            computed = scheduled
+        for segment in plan.due(tokens):
+            if not may_share(segment, terms):
+                break
+            shared += (SharedSegment(segment.first_block, *segment.lease),)
+        assert len(shared) <= 2 * tokens / terms.segment_tokens

@@ -14,6 +14,7 @@ from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.core.losses import LOSSES
+from mdkv_vllm.core.plan import SLACK_TOKENS
 from mdkv_vllm.core.segment import SharedSegment
 from mdkv_vllm.kernels.cpu.decode import CpuDecode
 from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
@@ -202,27 +203,48 @@ def test_answers_are_compressed_where_they_lie(graph_tokens):
     assert (totals["prompts"], totals["segments"]) == (1, 3)
 
 
+class CountedParts:
+    """Stands for a compressor of 30 layers, one at a time, and for each of its compressions."""
+
+    parts = 30
+
+    def __init__(self, done=None):
+        self.done, self.parts_left = done, self.parts
+
+    def start(self, *_):
+        return CountedParts(self.done)
+
+    def advance(self):
+        self.parts_left -= 1
+        self.done.append(self)
+
+    def result(self):
+        return None
+
+
 def test_segments_that_ripen_together_are_spread_over_steps_and_none_is_late():
     """Forty answers in lock step: the scheduler counts with SLACK_TOKENS steps."""
     policy = Worker(segment_tokens=64).runtime.policy
     segment = next(policy.plan(1).segments())
-    done = []
-    runner = CompressionRunner(policy, None, torch.zeros(1))
-    runner._compress = lambda one: done.append((one.held, one.held.computed_tokens))
+    parts, finished = [], []
+    runner = CompressionRunner(policy, CountedParts(parts), torch.zeros(1))
+    runner._tokens = lambda *_: None
+    runner._finish = lambda ripe, _: finished.append(ripe.held.computed_tokens)
     requests = [HeldRequest(CompressionRequest(str(i), 1), policy.plan(1)) for i in range(40)]
     for request in requests:
         request.computed_tokens = segment.ripe_at
+        request.windows[segment] = None
         runner.add(request, segment, torch.zeros(1))
     most = 0
-    while len(done) < len(requests):
-        before = len(done)
+    while len(finished) < 39:
+        before = len(parts)
         runner.run({"3"} if before == 0 else set())
-        most = max(most, len(done) - before)
-        requests = [r for r in requests if r.request.request_id != "3"]
+        most = max(most, len(parts) - before)
         for request in requests:
             request.computed_tokens += 1
-    assert most == 2
-    assert all(computed <= segment.due_at for _, computed in done)
+    assert most == -(-39 * 30 // (SLACK_TOKENS + 1))
+    assert max(finished) <= segment.due_at
+    assert len(parts) == 39 * 30
 
 
 def test_a_preempted_request_begins_again():
@@ -234,6 +256,7 @@ def test_a_preempted_request_begins_again():
         metadata = worker.runtime.begin_step(worker.batch(["a"], [400], [400]))
         assert metadata.decode is None
     with worker.runtime.step(set(), set(), []):
+        held = worker.runtime._table["a"]
         assert held.leases == leases[:2]  # all that is ripe, for its tokens came at once
 
 

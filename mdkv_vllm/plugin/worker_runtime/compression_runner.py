@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mdkv_vllm.core.compress import Compressor
+from mdkv_vllm.core.compress import CompressedSegment, Compression, Compressor
 from mdkv_vllm.core.prompt import LoadLayer, PagedTokens
 from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.plugin.kv_cache import load_tokens
@@ -17,25 +17,32 @@ from mdkv_vllm.plugin.worker_runtime.request_table import HeldRequest
 from mdkv_vllm.policy import Policy
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Ripe:
-    """A segment that may be compressed."""
+    """A segment that may be compressed, or is being compressed."""
 
     held: HeldRequest
     segment: Segment
     blocks: torch.Tensor
+    watch: Stopwatch
+    compression: Compression | None = None
 
     @property
     def steps_left(self) -> int:
         """Steps, this one included, until it is due: then the scheduler may free its blocks."""
         return max(1, self.segment.due_at - self.held.computed_tokens + 1)
 
+    @property
+    def done(self) -> bool:
+        """Whether it has been compressed."""
+        return self.compression is not None and not self.compression.parts_left
+
 
 class CompressionRunner:
-    """Compresses segments where they lie.
+    """Compresses segments where they lie, each before it is due.
 
-    Each before it is due, and where many ripen together while answers are generated, as few a step
-    as that takes.
+    A segment of an answer has some steps for it: it is compressed by groups of layers, as few a
+    step as it takes to have all that are ripe done in time.
 
     Args:
         policy: the settings applied to the model.
@@ -71,7 +78,7 @@ class CompressionRunner:
             blocks: integer ``[blocks]``, ids of the blocks that its compression reads.
         """
         held.given += 1
-        self._ripe.append(_Ripe(held, segment, blocks))
+        self._ripe.append(_Ripe(held, segment, blocks, Stopwatch(self._kv_cache.device)))
 
     def run(self, gone: set[str]) -> None:
         """Compress what is due and some of the rest, but nothing of a request that is gone."""
@@ -81,23 +88,48 @@ class CompressionRunner:
             self._metrics.released(gone)
         line = [one for one in self._ripe if one.held.request.request_id not in gone]
         line.sort(key=lambda one: one.steps_left)  # a request's own stay in their order
-        # So many that each of them has its turn in time if every step takes as many.
-        share = max((-(-i // one.steps_left) for i, one in enumerate(line, 1)), default=0)
-        for ripe in line[:share]:
-            self._compress(ripe)
-        self._ripe = line[share:]
+        parts = self._parts_due(line)
+        for ripe in line:
+            parts = self._advance(ripe, parts)
+            if not parts:
+                break
+        self._ripe = [one for one in line if not one.done]
 
-    def _compress(self, ripe: _Ripe) -> None:
+    def _parts_due(self, line: list[_Ripe]) -> int:
+        """Parts of this step: if every step does as many, all are done in time."""
+        most = parts = 0
+        for ripe in line:
+            begun = ripe.compression
+            parts += self._compressor.parts if begun is None else begun.parts_left
+            most = max(most, -(-parts // ripe.steps_left))
+        return most
+
+    def _advance(self, ripe: _Ripe, parts: int) -> int:
+        """Do some parts of a compression, if it has as many; how many of them remain for others."""
+        ripe.watch.start()
+        if ripe.compression is None:
+            tokens = self._tokens(ripe.blocks, ripe.segment.loaded_tokens)
+            window = ripe.held.windows.pop(ripe.segment)
+            ripe.compression = self._compressor.start(tokens, window, ripe.segment)
+        while parts and ripe.compression.parts_left:
+            ripe.compression.advance()
+            parts -= 1
+        if ripe.done:
+            self._finish(ripe, ripe.compression.result())
+        else:
+            ripe.watch.stop()
+        return parts
+
+    def _finish(self, ripe: _Ripe, result: CompressedSegment) -> None:
+        """Write a lease over the segment's last blocks."""
         held, segment = ripe.held, ripe.segment
-        watch = Stopwatch(self._kv_cache.device)
-        tokens = self._tokens(ripe.blocks, segment.loaded_tokens)
-        result = self._compressor.compress(tokens, held.windows.pop(segment), segment)
         first = segment.first_lease_block - segment.first_block
         lease = ripe.blocks[first : segment.num_blocks].long()
         target = self._kv_cache.view(torch.uint8).flatten(1)
         target[lease] = result.pages.view(segment.num_lease_blocks, -1)
         held.leases.append(segment.lease)
-        self._records.append(CompressionRecord(held.request, segment, result.tokens, watch))
+        record = CompressionRecord(held.request, segment, result.tokens, ripe.watch)
+        self._records.append(record)
 
     def warm_up(self, tokens: int, window: torch.Tensor) -> None:
         """Compress whatever lies in one block, as every block of a segment; nothing is written.

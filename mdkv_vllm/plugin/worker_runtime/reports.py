@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -67,29 +68,37 @@ class Totals:
 
 
 class Stopwatch:
-    """Time of work on a device, started when made; reading it early is no error but waits."""
+    """Time of work on a device, in one piece or several; reading it early waits.
+
+    Args:
+        device: where the work is done.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks = [self._mark()]
+        self._marks: list[Any] = []
+
+    def start(self) -> None:
+        """Work is about to be given to the device."""
+        self._marks.append(self._mark())
 
     def stop(self) -> None:
-        """The work has been given to the device."""
+        """It has been given to the device."""
         self._marks.append(self._mark())
 
     @property
     def finished(self) -> bool:
-        """Whether the device has done it."""
-        return not self._on_gpu or self._marks[1].query()
+        """Whether the device has done all of it."""
+        return not self._on_gpu or self._marks[-1].query()
 
     @property
     def seconds(self) -> float:
         """How long the work took."""
-        first, last = self._marks
+        pieces = zip(self._marks[::2], self._marks[1::2], strict=True)
         if not self._on_gpu:
-            return last - first
-        last.synchronize()
-        return first.elapsed_time(last) / 1000
+            return sum(last - first for first, last in pieces)
+        self._marks[-1].synchronize()
+        return sum(first.elapsed_time(last) for first, last in pieces) / 1000
 
     def _mark(self):  # type: ignore[no-untyped-def] # noqa: ANN202
         if not self._on_gpu:

@@ -19,7 +19,7 @@ from vllm.v1.request import Request
 
 from mdkv_vllm.core.admission import most_growth
 from mdkv_vllm.core.plan import SLACK_TOKENS, RequestPlan, SkipReason, may_share
-from mdkv_vllm.core.segment import Segment, SharedSegment
+from mdkv_vllm.core.segment import Segment
 from mdkv_vllm.plugin.compat import remove_blocks, reuse_first
 from mdkv_vllm.plugin.metrics.scheduler import SchedulerMetrics
 from mdkv_vllm.plugin.resident import Resident, growth_of, segments_of
@@ -61,13 +61,17 @@ class MixedDimManager(FullAttentionManager):
         """Hash the request's full blocks, but none from its first lease on."""
         if request.request_id not in self._residents:
             self._add(request)
+        resident = self._residents[request.request_id]
+        self._tell_worker(resident)
         self._metrics.holds(request.request_id, len(self.req_to_blocks[request.request_id]))
-        if not self._hashes_blocks:
+        # What is computed behind leases of others is not what full attention would have computed.
+        if not self._hashes_blocks or resident.shared:
             return
-        plan = self._residents[request.request_id].plan
-        num_tokens = self._before_leases(plan, num_tokens)
         super().cache_blocks(
-            request, num_tokens, retention_interval, replay_boundaries=replay_boundaries
+            request,
+            self._before_leases(resident.plan, num_tokens),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
         )
 
     def _add(self, request: Request) -> None:
@@ -75,19 +79,13 @@ class MixedDimManager(FullAttentionManager):
         request_id = request.request_id
         cached = self.num_cached_block.get(request_id, 0)
         shared = shared_segments(self.req_to_blocks[request_id][:cached])
-        self._tell_worker(request, shared)
-        parsed = _parse(request)
+        parsed = replace(_parse(request), shared=shared)
         decided = self._decide(request, parsed)
         segments = segments_of(decided)
         for_others = self._shares and parsed.budget is None
+        path = self._shared.path_of(shared, request.block_hashes) if for_others else None
         self._residents[request_id] = Resident(
-            request,
-            decided,
-            segments,
-            next(segments, None),
-            request.num_prompt_tokens + request.max_tokens,
-            self._shared.path_of(shared, request.block_hashes) if for_others else None,
-            freed=sum(one.num_freed_blocks for one in shared),
+            request, decided, segments, next(segments, None), path, shared
         )
         self._metrics.shares(request_id, shared, self.block_size)
         if self._seen.get(id(request.block_hashes)) is not request:  # not a resumed one
@@ -95,16 +93,26 @@ class MixedDimManager(FullAttentionManager):
             self._metrics.decided(share, decided)
         self._seen[id(request.block_hashes)] = request
 
-    def _tell_worker(self, request: Request, shared: tuple[SharedSegment, ...]) -> None:
-        """Name the leases of others that a request reads in its parameters, which workers see."""
-        params = request.sampling_params
+    def _tell_worker(self, resident: Resident) -> None:
+        """Say in a request's own parameters, which workers see, what they cannot know otherwise.
+
+        These are the leases of others that it reads, and whether it stays uncompressed. Once, and
+        again when a session that grows brings parameters anew.
+        """
+        params = resident.request.sampling_params
         if params is None:
-            assert not shared, "a request without sampling parameters reads no prefix cache"
+            assert not resident.shared, "without sampling parameters no prefix cache is read"
             return
-        told = with_shared(params.extra_args, shared)
+        if params is resident.told:
+            return
+        told = with_shared(params.extra_args, resident.shared)
+        if resident.plan in (SkipReason.SESSION, SkipReason.SHARED_BLOCKS):
+            told = without_compression(told)
         if told != (params.extra_args or {}):
-            request.sampling_params = params.clone()
-            request.sampling_params.extra_args = told
+            params = params.clone()
+            params.extra_args = told
+            resident.request.sampling_params = params
+        resident.told = params
 
     def _before_leases(self, plan: RequestPlan | SkipReason, tokens: int) -> int:
         """Of so many tokens, those before the first lease that a request ever has of its own."""
@@ -114,22 +122,17 @@ class MixedDimManager(FullAttentionManager):
     def _decide(self, request: Request, parsed: CompressionRequest) -> RequestPlan | SkipReason:
         """The plan of a request that has just been given its first blocks, or why it has none.
 
-        Its first own lease lies behind whatever it got from the cache. A request that cannot be
-        compressed is told so in its own parameters, which are what the worker plans by.
+        Its first own lease lies behind whatever it got from the cache.
         """
         plan = self._policy.plan_request(parsed)
         if not isinstance(plan, RequestPlan):
             return plan
-        shared_tokens = self.num_cached_block.get(request.request_id, 0) * self.block_size
-        # Sessions extend their prompt later, and a lease must not be written into blocks that
-        # a prefix hit shares with other requests.
-        if not request.resumable and shared_tokens == self._before_leases(plan, shared_tokens):
-            return plan
-        assert request.sampling_params is not None
-        params = request.sampling_params.clone()
-        params.extra_args = without_compression(params.extra_args)
-        request.sampling_params = params
-        return SkipReason.SESSION if request.resumable else SkipReason.SHARED_BLOCKS
+        if request.resumable:
+            return SkipReason.SESSION  # its prompt is extended later
+        cached = self.num_cached_block.get(request.request_id, 0) * self.block_size
+        if cached != self._before_leases(plan, cached):
+            return SkipReason.SHARED_BLOCKS  # a lease may not be written into blocks of others
+        return plan
 
     def find_longest_cache_hit(  # type: ignore[override]
         self,
@@ -204,14 +207,14 @@ class MixedDimManager(FullAttentionManager):
         running = [
             resident.growth(len(self.req_to_blocks[request_id]))
             for request_id, resident in self._residents.items()
-            if resident.plan is not SkipReason.SESSION  # it may wait for ever
+            if not resident.request.resumable  # a session may wait for ever
         ]
         if not running or not config.enabled:
             return 0
         shared = shared_segments(cached)
         plan = self._policy.plan(tokens, shared=shared)
         due = list(plan.prompt_segments) if isinstance(plan, RequestPlan) else []
-        held = -(-tokens // self.block_size) - sum(one.num_freed_blocks for one in shared)
+        held = -(-tokens // self.block_size) - (shared[-1].end_block if shared else 0)
         new = growth_of(held, None, tokens, due[-1] if due else None)
         # So far that each of them gives back once, if it ever does.
         horizon = config.segment_tokens + config.window + SLACK_TOKENS
@@ -233,13 +236,13 @@ class MixedDimManager(FullAttentionManager):
         if resident is None:
             return
         resident.computed = processed_computed_tokens
-        if resident.written_in < self._steps:
+        if resident.gave_back_in < self._steps:
             self._publish(resident)
         while (segment := resident.due) and segment.due_at <= processed_computed_tokens:
             self._give_back(resident, segment)
             self._metrics.returned(request_id, segment)
             resident.free(segment)
-            resident.written_in = self._steps
+            resident.gave_back_in = self._steps
 
     def _give_back(self, resident: Resident, segment: Segment) -> None:
         """Free the blocks before a segment's lease.
@@ -253,7 +256,7 @@ class MixedDimManager(FullAttentionManager):
         freed = self.req_to_blocks[request_id][first:last]
         remove_blocks(self, request_id, first, last)
         if resident.path is not None and segment.num_blocks <= 3 * self._stride // 2:
-            reuse_first(self.block_pool, freed)
+            reuse_first(self.block_pool, reversed(freed))  # a prefix is found from its first on
 
     def new_step_starts(self) -> None:
         """Whoever still holds blocks was not preempted in the step before."""
@@ -263,18 +266,24 @@ class MixedDimManager(FullAttentionManager):
     def _publish(self, resident: Resident) -> None:
         """Let others read what the worker has compressed by now."""
         request, hashes = resident.request, resident.request.block_hashes
-        while resident.written and resident.path is not None:
-            segment = resident.written[0]
-            assert isinstance(resident.plan, RequestPlan)
-            if not may_share(segment, resident.plan.terms):
-                resident.path = None  # nor what follows it
-                break
-            if self._shared.key_block(segment) >= len(hashes):
+        while resident.unpublished:
+            segment = resident.unpublished[0]
+            if not self._is_for_others(resident, segment):
+                resident.path = None  # nor is what follows it
+            elif self._shared.key_block(segment) >= len(hashes):
                 break  # the tokens that it is known by are still to come
-            blocks = self.req_to_blocks[request.request_id]
-            resident.path = self._shared.publish(resident.path, segment, hashes, blocks)
-            resident.written.pop(0)
+            else:
+                assert resident.path is not None
+                blocks = self.req_to_blocks[request.request_id]
+                resident.path = self._shared.publish(resident.path, segment, hashes, blocks)
+            resident.unpublished.pop(0)
         self._metrics.published(self._shared.published, self._shared.evicted)
+
+    def _is_for_others(self, resident: Resident, segment: Segment) -> bool:
+        path, plan = resident.path, resident.plan
+        if path is None or path.forgotten or not isinstance(plan, RequestPlan):
+            return False
+        return may_share(segment, plan.terms)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request; vLLM frees what is returned."""

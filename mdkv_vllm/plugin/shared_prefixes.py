@@ -8,8 +8,9 @@ continues, and by vLLM's hash of the block in which the window ends, which stand
     root --[0, 512)--> o --[512, 1024)--> o        a document that many requests begin with
          `-[0, 1500)-> o --[1500, 2100)-> o        two turns of a chat
 
-Each block of a written lease is cached by vLLM under a hash of its own. vLLM evicts blocks one by
-one and tells nobody, so a lease that is found in the tree is looked up block by block.
+Each block of a written lease is cached by vLLM under a hash of its own, which no other lease ever
+has, not even one of the same tokens: blocks of two must not be mixed. vLLM evicts blocks one by one
+and tells nobody, so a lease that is found in the tree is looked up block by block.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import groupby
+from uuid import uuid4
 
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -31,32 +33,25 @@ class Prefix:
     """A path of segments from a request's first token on.
 
     Attributes:
-        digest: names the segments and the tokens of the path.
         segment: the last of them; None for the root.
         key_block: block in which the last one's window ends.
-        cached: whether its lease was in the cache when somebody last looked.
+        lease_hashes: what the blocks of its lease are cached under.
+        seen_cached: whether its lease was in the cache when somebody last looked.
+        forgotten: whether nobody finds it any more.
         following: by the hash of the block in which their window ends, paths that go on from here.
     """
 
-    digest: bytes
     segment: SharedSegment | None = None
     key_block: int = 0
-    cached: bool = False
+    lease_hashes: list[BlockHash] = field(default_factory=list)
+    seen_cached: bool = False
+    forgotten: bool = False
     following: dict[BlockHash, Prefix] = field(default_factory=dict)
 
     @property
     def end_block(self) -> int:
         """Where its segments end."""
         return self.segment.end_block if self.segment else 0
-
-    def lease_hashes(self) -> list[BlockHash]:
-        """What the blocks of the last segment's lease are cached under."""
-        assert self.segment is not None
-        count = self.segment.num_lease_blocks
-        return [
-            BlockHash(sha256(self.digest + number.to_bytes(4, "big")).digest())
-            for number in range(count)
-        ]
 
 
 class SharedPrefixes:
@@ -74,11 +69,12 @@ class SharedPrefixes:
 
     def __init__(self, block_pool: BlockPool, group_id: int, block_size: int) -> None:
         self.published = self.evicted = 0
-        self._root = Prefix(b"")
+        self._root = Prefix()
         self._pool = block_pool
         self._group_id = group_id
         self._block_size = block_size
         self._paths = 0
+        self._name = uuid4()
 
     def key_block(self, segment: Segment) -> int:
         """Block in which its window ends: it is known by the tokens up to this one's end."""
@@ -110,11 +106,11 @@ class SharedPrefixes:
             known = self._add(path, shared, key_block, key)
         elif self._lease(known):
             return known  # another request wrote the same
-        for block_hash, block in zip(
-            known.lease_hashes(), blocks[slice(*shared.lease)], strict=True
-        ):
+        lease = blocks[slice(*shared.lease)]
+        known.lease_hashes = self._new_hashes(len(lease))
+        for block_hash, block in zip(known.lease_hashes, lease, strict=True):
             cache_block(self._pool, block, block_hash, self._group_id)
-        known.cached = True
+        known.seen_cached = True
         self.published += 1
         return known
 
@@ -144,25 +140,32 @@ class SharedPrefixes:
             path = next(one for one in self._matching(path, block_hashes) if one.segment == segment)
         return path
 
+    def _new_hashes(self, count: int) -> list[BlockHash]:
+        names = (f"{self._name}-{self.published}-{number}" for number in range(count))
+        return [BlockHash(sha256(name.encode()).digest()) for name in names]
+
     def _add(self, path: Prefix, segment: SharedSegment, key_block: int, key: BlockHash) -> Prefix:
         if self._paths >= self._pool.num_gpu_blocks:  # more than can have a lease in the cache
-            self._root.following = self._sweep(self._root)
-        names = (segment.first_block, segment.first_lease_block, segment.end_block, key_block)
-        digest = sha256(path.digest + bytes(key) + repr(names).encode()).digest()
-        self._paths += key not in path.following
-        path.following[key] = made = Prefix(digest, segment, key_block)
+            self._sweep()
+        replaced = path.following.get(key)
+        if replaced is not None:
+            replaced.forgotten = True
+        self._paths += 1
+        path.following[key] = made = Prefix(segment, key_block)
         return made
 
-    def _sweep(self, path: Prefix) -> dict[BlockHash, Prefix]:
-        """Of the paths behind one, those with a lease in the cache; the others are forgotten."""
-        kept = {}
-        for key, one in path.following.items():
-            one.following = self._sweep(one)
-            if self._lease(one) or one.following:
-                kept[key] = one
+    def _sweep(self) -> None:
+        """Forget the paths that end without a lease in the cache."""
+        below = [(self._root, key, one) for key, one in self._root.following.items()]
+        for _, _, path in below:  # which grows meanwhile: parents stand before what follows them
+            below += [(path, key, one) for key, one in path.following.items()]
+        self._paths = 0
+        for parent, key, path in reversed(below):
+            if path.following or self._lease(path):
+                self._paths += 1
             else:
-                self._paths -= 1
-        return kept
+                path.forgotten = True
+                del parent.following[key]
 
     def _longest(
         self, path: Prefix, block_hashes: Sequence[BlockHash], max_blocks: int
@@ -187,11 +190,11 @@ class SharedPrefixes:
     def _lease(self, path: Prefix) -> list[KVCacheBlock] | None:
         """The blocks of its last lease; None where one of them is gone."""
         found = []
-        for block_hash in path.lease_hashes():
+        for block_hash in path.lease_hashes:
             cached = self._pool.get_cached_block(block_hash, [self._group_id])
             if cached is None:
-                self.evicted += path.cached
-                path.cached = False
+                self.evicted += path.seen_cached
+                path.seen_cached = False
                 return None
             found.append(cached[0])
         return found

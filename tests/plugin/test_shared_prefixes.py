@@ -1,12 +1,18 @@
 """Leases that others read, against vLLM's real block pool."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("vllm")
 
-from test_manager import BLOCK, BLOCKS, ROLLING, document, make_manager, make_request
+from test_manager import BLOCK, BLOCKS, ROLLING, document, make_manager, make_request, spec_for
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import RequestStatus
 
+from mdkv_vllm.config import REQUEST_BUDGET
 from mdkv_vllm.core.plan import RequestPlan
 from mdkv_vllm.core.segment import SharedSegment
 from mdkv_vllm.plugin.metrics.recorder import current_recorder
@@ -17,7 +23,7 @@ from mdkv_vllm.plugin.metrics.table import (
     SEGMENTS_PUBLISHED,
     SHARED_TOKENS,
 )
-from mdkv_vllm.plugin.shared_prefixes import shared_segments
+from mdkv_vllm.plugin.shared_prefixes import SharedPrefixes, shared_segments
 from mdkv_vllm.request import CompressionRequest
 
 PROMPT = 320
@@ -186,6 +192,66 @@ def test_an_evicted_lease_is_not_found(manager):
     assert not told(request)
     finish(manager, request)
     assert counted(SEGMENTS_EVICTED) == 1
+
+
+def test_a_lease_that_lost_a_block_is_not_filled_up_with_anothers(manager):
+    """Two computations of the same tokens need not give the same bytes."""
+    begun = first_turn(manager)
+    single, pool = manager.coordinator.single_type_managers[0], manager.block_pool
+    lost = single._shared.find(make_request("q", [*begun, 1]).block_hashes, len(begun))[-1]
+    pool.evict_blocks({lost.block_id})
+    again = make_request("again", document(0, PROMPT))
+    prefill(manager, again)
+    decode(manager, again, 20)
+    plan = single.plan_of(again)
+    own = single.req_to_blocks["again"][slice(*plan.prompt_segments[0].lease)]
+    found = single._shared.find(make_request("p", [*begun, 1]).block_hashes, len(begun))
+    assert [block for block in found if not block.is_null] == own
+    assert lost not in own
+
+
+def test_what_is_computed_behind_leases_of_others_is_not_hashed(manager):
+    second = make_request("second", first_turn(manager) + document(2, 200))
+    prefill(manager, second)
+    single = manager.coordinator.single_type_managers[0]
+    tail = single.req_to_blocks["second"][told(second)[-1].end_block :]
+    assert [block.block_hash for block in tail] == [None] * len(tail)
+
+
+def test_a_session_is_told_again_when_it_brings_parameters_anew(manager):
+    begun = first_turn(manager)
+    session = make_request("session", begun + document(2, 100), resumable=True)
+    prefill(manager, session)
+    assert told(session)
+    session.sampling_params = SamplingParams(max_tokens=50)
+    manager.new_step_starts()
+    session.append_output_token_ids(7)
+    assert manager.allocate_slots(session, 1)
+    assert told(session)
+    assert session.sampling_params.extra_args[REQUEST_BUDGET] == 1.0
+
+
+def test_many_paths_are_swept():
+    """More than the cache has blocks for, in one chain longer than Python's stack is deep."""
+    pool = BlockPool(64, enable_caching=True, hash_block_size=BLOCK)
+    shared = SharedPrefixes(pool, 0, BLOCK)
+    terms = replace(spec_for(ROLLING).policy.terms(0.3), window=BLOCK)
+    hashes = [BlockHash(str(number).encode()) for number in range(9000)]
+    path = shared._root
+    for number, segment in zip(range(1200), RequestPlan(1, terms).segments(), strict=False):
+        blocks = pool.get_new_blocks(segment.num_lease_blocks)
+        path = shared.publish(path, segment, hashes, [None] * segment.first_lease_block + blocks)
+        pool.free_blocks(blocks)
+        assert shared._paths <= 64 + number
+    shared._sweep()
+    assert path.seen_cached
+    kept = shared._paths
+    pool.reset_prefix_cache()
+    shared._sweep()
+    assert (shared._paths, shared._root.following) == (0, {})
+    assert path.forgotten
+    assert kept > 0
+    assert shared.evicted == 1200
 
 
 def test_a_reset_forgets_everything(manager):

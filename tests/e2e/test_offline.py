@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import environment, haystack
+from serving import environment, fast_dtype, haystack
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.server
@@ -63,6 +63,7 @@ def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
     preempted, resumed, compressed again, and still find what their prompts hide."""
     result = generate(
         tmp_path, model_folder, prompts * 2, max_tokens=150, attention_backend="mixeddim",
+        dtype=fast_dtype(),
         kv_cache_dtype="bfloat16", num_gpu_blocks_override=130, scheduler_reserve_full_isl=False,
         additional_config={"mixeddim": {"budget": 0.3}},
     )  # fmt: skip
@@ -89,7 +90,7 @@ def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):
 def test_other_formats_serve_too(tmp_path, model_folder, prompts, settings):
     result = generate(
         tmp_path, model_folder, prompts[2:4], max_tokens=16, attention_backend="mixeddim",
-        kv_cache_dtype="bfloat16", additional_config={"mixeddim": settings},
+        kv_cache_dtype="bfloat16", additional_config={"mixeddim": settings}, dtype=fast_dtype(),
     )  # fmt: skip
     reports = result["ranks"][0]["recent"]
     assert [r["prompt_tokens"] for r in reports] == [700, 1100]

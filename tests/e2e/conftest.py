@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from serving import Server
+from serving import Server, fast_dtype
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from mdkv_vllm.artifacts.store import ArtifactInfo, model_identity, save_head_scores
@@ -34,6 +34,15 @@ def server(model_folder):
         "--max-num-batched-tokens=1024",
         "--dtype=float32",
         *cache,
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def fast_server(model_folder):
+    """The same in the type that this machine computes fastest in, one prompt a step."""
+    with Server(
+        model_folder, {"budget": 0.3}, "--max-model-len=4608", f"--dtype={fast_dtype()}"
     ) as running:
         yield running
 

@@ -7,19 +7,11 @@ token, so all seven digits come from the compressed cache but perhaps the first.
 import random
 
 import pytest
-from serving import Server, fast_dtype, haystack
+from serving import haystack
 from transformers import AutoTokenizer
 
 DEPTHS = [0.02, 0.2, 0.5, 0.7, 0.97]
 SMALL = 0.125
-
-
-@pytest.fixture(scope="module")
-def fast_server(model_folder):
-    with Server(
-        model_folder, {"budget": 0.3}, "--max-model-len=4608", f"--dtype={fast_dtype()}"
-    ) as running:
-        yield running
 
 
 @pytest.mark.server

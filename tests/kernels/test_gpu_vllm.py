@@ -118,6 +118,7 @@ def test_agreement_with_stock():
 
 
 @pytest.mark.server
+@pytest.mark.alone
 def test_rehearsal(tmp_path):
     """Stock vLLM on this CPU beside ours; an engine that cannot start costs itself."""
     path = tmp_path / "rows.jsonl"

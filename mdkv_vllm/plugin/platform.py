@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from mdkv_vllm.config import COMPRESSED, ConfigError, MixedDimConfig
+from mdkv_vllm.config import ConfigError, MixedDimConfig
 from mdkv_vllm.plugin.compat import asks_no_backend_for_its_block_size
 from mdkv_vllm.plugin.registration import (
     BACKEND_CLASS,
@@ -61,7 +61,7 @@ class MixedDimPlatform(Platform):
         cls._served = vllm_config
         config = MixedDimConfig.from_additional_config(vllm_config.additional_config)
         cls._request_config = config
-        refuse_unsupported(vllm_config, cls.device_type, config.shared_prefixes == COMPRESSED)
+        refuse_unsupported(vllm_config, cls.device_type, config)
         expose_metrics()
         super().check_and_update_config(vllm_config)
         cache, asks_none = vllm_config.cache_config, asks_no_backend_for_its_block_size

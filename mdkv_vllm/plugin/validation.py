@@ -20,13 +20,13 @@ MAX_GPU_BLOCK_SIZE = 48
 shared memory: of 64 tokens or more, too few fit a multiprocessor to keep its memory busy."""
 
 
-def refuse_unsupported(vllm_config: VllmConfig, device_type: str, shares: bool) -> None:
+def refuse_unsupported(vllm_config: VllmConfig, device_type: str, config: MixedDimConfig) -> None:
     """Raise if the server asks for something that leases cannot carry yet.
 
     Args:
         vllm_config: what the server asks for.
         device_type: ``cpu`` or ``cuda``.
-        shares: whether compressed prefixes are to be shared.
+        config: the settings.
 
     Raises:
         ConfigError: naming every offending flag.
@@ -55,8 +55,7 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, shares: bool) 
         problems.append("pipeline parallelism (--pipeline-parallel-size)")
     if vllm_config.kv_transfer_config is not None:
         problems.append("KV connectors (--kv-transfer-config)")
-    events = vllm_config.kv_events_config
-    if events is not None and events.enable_kv_cache_events and shares:
+    if _sends_events(vllm_config) and model is not None and _shares(config, model.model):
         problems.append(
             "KV cache events (--kv-events-config), which know no leases, unless "
             "mixeddim.shared_prefixes is 'full'"
@@ -71,6 +70,16 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, shares: bool) 
         problems.append("--attention-config backend_per_kind")
     if problems:
         raise ConfigError("--attention-backend mixeddim does not support " + "; ".join(problems))
+
+
+def _sends_events(vllm_config: VllmConfig) -> bool:
+    events = vllm_config.kv_events_config
+    return events is not None and events.enable_kv_cache_events
+
+
+def _shares(config: MixedDimConfig, model: str) -> bool:
+    """Whether a server's requests read compressed prefixes."""
+    return config.shares_prefixes(config.heads_path(model) is not None)
 
 
 def _not_on_gpus(vllm_config: VllmConfig) -> list[str]:
@@ -174,8 +183,7 @@ class Room:
             blocks = cache.num_gpu_blocks // parallel.data_parallel_size - 1
             tokens = blocks * cache.block_size
         model = vllm_config.model_config
-        shares = config.shares_prefixes(config.heads_path(model.model) is not None)
-        return cls(on_gpu, tokens, model.max_model_len, shares)
+        return cls(on_gpu, tokens, model.max_model_len, _shares(config, model.model))
 
 
 def admit(

@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from transformers import LlamaConfig
+from vllm.config import KVEventsConfig
 from vllm.engine.arg_utils import EngineArgs
 
+EVENTS = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
@@ -40,6 +42,7 @@ def settings(**values):
             {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",
         ),
+        ({"kv_events_config": EVENTS, **settings(segments="rolling")}, "--kv-events-config"),
     ],
 )
 def test_start_up(model, arguments, named):
@@ -56,3 +59,13 @@ def test_settings_without_the_backend(model):
 def test_what_is_supported_starts(model):
     made = EngineArgs(model=model, attention_backend="mixeddim", enforce_eager=True)
     assert made.create_engine_config().cache_config.block_size == 16
+
+
+@pytest.mark.parametrize(
+    "more", [settings(segments="rolling", shared_prefixes="full"), {}], ids=["full", "no scores"]
+)
+def test_events_where_no_leases_are_shared(model, more):
+    EngineArgs(
+        model=model, attention_backend="mixeddim", enforce_eager=True, kv_events_config=EVENTS,
+        **more,
+    ).create_engine_config()  # fmt: skip

@@ -170,6 +170,7 @@ class MixedDimManager(FullAttentionManager):
         if not self._shares or request is not None:
             return full_size, tokens
         blocks = self._shared.find(block_hashes, max_length)
+        self._metrics.published(self._shared.published, self._shared.evicted)
         if len(blocks) * self.block_size <= tokens:
             return full_size, tokens
         return (blocks,), len(blocks) * self.block_size
@@ -265,6 +266,8 @@ class MixedDimManager(FullAttentionManager):
 
     def _publish(self, resident: Resident) -> None:
         """Let others read what the worker has compressed by now."""
+        if not resident.unpublished:
+            return
         request, hashes = resident.request, resident.request.block_hashes
         while resident.unpublished:
             segment = resident.unpublished[0]

@@ -108,8 +108,10 @@ class SchedulerMetrics:
 
     def published(self, published: int, evicted: int) -> None:
         """So many segments were published, and so many of them seen to be gone, in all."""
-        self._recorder.add(SEGMENTS_PUBLISHED, published - self._published)
-        self._recorder.add(SEGMENTS_EVICTED, evicted - self._evicted)
+        if published > self._published:
+            self._recorder.add(SEGMENTS_PUBLISHED, published - self._published)
+        if evicted > self._evicted:
+            self._recorder.add(SEGMENTS_EVICTED, evicted - self._evicted)
         self._published, self._evicted = published, evicted
 
     def released(self, request_id: str) -> None:

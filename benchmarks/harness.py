@@ -223,10 +223,11 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGTERM)
         # WNOWAIT leaves the dead leader in place, so the group's id cannot pass to strangers.
-        while time.monotonic() < end and not os.waitid(
-            os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-        ):
-            time.sleep(0.1)
+        with contextlib.suppress(ChildProcessError):  # it ended before, and was waited for
+            while time.monotonic() < end and not os.waitid(
+                os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ):
+                time.sleep(0.1)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait(STOP_SECONDS)

@@ -168,7 +168,7 @@ def main() -> None:
     )  # fmt: skip
     ours = harness.our_flags(arguments.dtype, budget=arguments.budget, **arguments.mixeddim)
     flags: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
-        "ours": (ours, {}), "stock": (("--block-size", "16"), STOCK_ONLY),
+        "ours": (ours, {}), "stock": ((), STOCK_ONLY),
     }  # fmt: skip
     described: dict[str, Any] = harness.machine()
     print(json.dumps(described))

@@ -9,7 +9,7 @@ import importlib.util
 import inspect
 import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
@@ -235,7 +235,7 @@ RAGGED = [
     Asked([(5, 0.0)], 0, 50),
     Asked([(8, 0.0), (11, 0.9)], 32, 131),
 ]
-CPU, SDPA = (CpuPrefill, CpuHeads), (SdpaPrefill, SdpaHeads)
+CPU, SDPA = (CpuPrefill, partial(CpuHeads, FP32, 64)), (SdpaPrefill, SdpaHeads)
 ALL = pytest.mark.parametrize(
     "implementation", [CPU, SDPA, "tiled", "flash", "xformers"], indirect=True
 )

@@ -35,7 +35,7 @@ def choose_prefill(
     """
     head_size = config.layout.geometry.head_size
     if config.kv_cache.device.type == "cpu":
-        name, (plain, heads) = _choose_on_cpu(requested)
+        name, (plain, heads) = _choose_on_cpu(requested, dtype, head_size)
     else:
         name, (plain, heads) = _choose_on_gpu(requested, dtype, head_size)
     return name, LeasedPrefill(plain, heads, lease_reader(config), config, dtype)
@@ -58,7 +58,7 @@ def _choose_on_gpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[
     return requested, makers[requested][1](head_size)
 
 
-def _choose_on_cpu(requested: str) -> tuple[str, Pair]:
+def _choose_on_cpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[str, Pair]:
     if requested == "sdpa":
         return requested, _sdpa(0)
     if requested != "auto":
@@ -68,7 +68,7 @@ def _choose_on_cpu(requested: str) -> tuple[str, Pair]:
         )
     from mdkv_vllm.plugin.prefill.cpu import CpuHeads, CpuPrefill
 
-    return "vLLM's CPU kernel", (CpuPrefill(), CpuHeads())
+    return "vLLM's CPU kernel", (CpuPrefill(), CpuHeads(dtype, head_size))
 
 
 def _no_flash(dtype: torch.dtype, head_size: int) -> Reason:

@@ -6,6 +6,7 @@ started. Every wait has an end.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import importlib.metadata
@@ -22,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -292,6 +293,29 @@ def _version(name: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(name)
     return None
+
+
+def write_results(
+    out: Path | None,
+    described: dict[str, Any],
+    arguments: argparse.Namespace,
+    results: Sequence[Any],
+) -> None:
+    """Write a benchmark's results as JSON, with what they were measured on and by.
+
+    Args:
+        out: where to; None for nowhere.
+        described: the machine.
+        arguments: of the command line.
+        results: dataclasses, one per server.
+    """
+    if out is None:
+        return
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    content = {"machine": described, "settings": settings}
+    content["results"] = [asdict(result) for result in results]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(content, indent=1))
 
 
 def prepare() -> None:

@@ -12,7 +12,7 @@ import argparse
 import json
 import random
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -114,12 +114,7 @@ def main() -> None:
     for name in arguments.servers:
         results.append(measure(specs[name], arguments, folder))
         print(f"\n{report(results, arguments)}", flush=True)
-    if arguments.out is not None:
-        settings = {key: str(value) for key, value in vars(arguments).items()}
-        content = {"machine": described, "settings": settings}
-        content["results"] = [asdict(result) for result in results]
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(content, indent=1))
+    harness.write_results(arguments.out, described, arguments, results)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -322,12 +322,7 @@ def main() -> None:
     for spec, size in specs(arguments, kv_bytes):
         results.append(measure(spec, size, arguments, folder))
         print(f"\n{report(results, arguments.holds)}", flush=True)
-        if arguments.out is not None:
-            settings = {key: str(value) for key, value in vars(arguments).items()}
-            content = {"machine": described, "settings": settings}
-            content["results"] = [asdict(result) for result in results]
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps(content, indent=1))
+        harness.write_results(arguments.out, described, arguments, results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import json
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -180,13 +180,7 @@ def main() -> None:
         spec = ServerSpec(name, (*common, *more), environment)
         results.append(measure(spec, size, arguments, folder))
         print(f"\n{report(results)}", flush=True)
-    if arguments.out is not None:
-        settings = {key: str(value) for key, value in vars(arguments).items()}
-        content = {"machine": described, "settings": settings}
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(
-            json.dumps(content | {"results": [asdict(result) for result in results]}, indent=1)
-        )
+    harness.write_results(arguments.out, described, arguments, results)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from enum import Enum
 from functools import cached_property
 from itertools import chain, count, takewhile
 
-from mdkv_vllm.core.segment import PARTS, Segment, SharedSegment
+from mdkv_vllm.core.segment import PARTS, Segment, SegmentBlocks, SharedSegment
 
 SLACK_TOKENS = 32
 """Tokens that a request may compute after a segment of its answer is ripe before that segment is
@@ -162,7 +162,7 @@ class RequestPlan:
 
     def blocks_held(self, computed_tokens: int) -> int:
         """Blocks that are held after so many computed tokens, when everything due is freed."""
-        due: list[Segment | SharedSegment] = [*self.shared, *self.due(computed_tokens)]
+        due: list[SegmentBlocks] = [*self.shared, *self.due(computed_tokens)]
         behind = due[-1].end_block if due else 0
         blocks = max(-(-computed_tokens // self.terms.block_size), behind)
         return sum(one.num_lease_blocks for one in due) + blocks - behind
@@ -192,8 +192,7 @@ class RequestPlan:
     def kept_share(self) -> float:
         """Bytes kept of the prompt, leases and what is behind them, over its full bytes."""
         size = self.terms.block_size
-        freed = sum(one.num_blocks - one.num_lease_blocks for one in self.prompt_segments)
-        freed += sum(one.num_freed_blocks for one in self.shared)
+        freed = sum(one.num_freed_blocks for one in (*self.shared, *self.prompt_segments))
         return 1 - freed * size / self.prompt_tokens
 
     def _prompt_boundaries(self) -> list[int]:

@@ -9,14 +9,50 @@ PARTS = ("prompt", "answer")
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Consecutive blocks of a request that one compression takes.
+class SegmentBlocks:
+    """Where a segment and its lease lie in a request's block table.
 
     Attributes:
-        first_block: block-table index of its first block.
+        first_block: index of its first block.
         first_lease_block: of the first block kept; those of the segment before it are freed.
         end_block: its boundary, one past its last block; the lease is
             ``first_lease_block .. end_block - 1``.
+    """
+
+    first_block: int
+    first_lease_block: int
+    end_block: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that it has before it is compressed."""
+        return self.end_block - self.first_block
+
+    @property
+    def num_freed_blocks(self) -> int:
+        """Blocks before its lease, which are given back."""
+        return self.first_lease_block - self.first_block
+
+    @property
+    def num_lease_blocks(self) -> int:
+        """Blocks that it keeps."""
+        return self.end_block - self.first_lease_block
+
+    @property
+    def lease(self) -> tuple[int, int]:
+        """First block of the lease and the one behind its last."""
+        return self.first_lease_block, self.end_block
+
+
+class SharedSegment(SegmentBlocks):
+    """A segment that another request compressed, and whose lease this one reads."""
+
+
+@dataclass(frozen=True)
+class Segment(SegmentBlocks):
+    """Consecutive blocks of a request that one compression takes.
+
+    Attributes:
         block_size: tokens in one block.
         window_start: position of the first query that scores it.
         ripe_at: computed tokens from which it may be compressed, one past the last such query.
@@ -25,24 +61,11 @@ class Segment:
         part: one of :data:`PARTS`.
     """
 
-    first_block: int
-    first_lease_block: int
-    end_block: int
     block_size: int
     window_start: int
     ripe_at: int
     due_at: int
     part: str
-
-    @property
-    def num_lease_blocks(self) -> int:
-        """Blocks that it keeps."""
-        return self.end_block - self.first_lease_block
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that it has before it is compressed."""
-        return self.end_block - self.first_block
 
     @property
     def first_token(self) -> int:
@@ -68,38 +91,3 @@ class Segment:
     def loaded_end(self) -> int:
         """One past the last block of those tokens."""
         return -(-self.ripe_at // self.block_size)
-
-    @property
-    def lease(self) -> tuple[int, int]:
-        """First block of the lease and the one behind its last."""
-        return self.first_lease_block, self.end_block
-
-
-@dataclass(frozen=True)
-class SharedSegment:
-    """A segment that another request compressed, and whose lease this one reads.
-
-    Attributes:
-        first_block: block-table index of its first block.
-        first_lease_block: of the first block of its lease.
-        end_block: one past its last block.
-    """
-
-    first_block: int
-    first_lease_block: int
-    end_block: int
-
-    @property
-    def num_freed_blocks(self) -> int:
-        """Blocks before its lease, which hold nothing."""
-        return self.first_lease_block - self.first_block
-
-    @property
-    def num_lease_blocks(self) -> int:
-        """Blocks that it keeps."""
-        return self.end_block - self.first_lease_block
-
-    @property
-    def lease(self) -> tuple[int, int]:
-        """First block of the lease and the one behind its last."""
-        return self.first_lease_block, self.end_block

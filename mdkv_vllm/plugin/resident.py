@@ -60,7 +60,7 @@ class Resident:
 
     def free(self, segment: Segment) -> None:
         """Go on to the segment behind one whose blocks are given back."""
-        self.freed += freed_blocks(segment)
+        self.freed += segment.num_freed_blocks
         self.unpublished.append(segment)
         self.due = next(self.unfreed, None)
 
@@ -68,11 +68,6 @@ class Resident:
 def segments_of(plan: RequestPlan | SkipReason) -> Iterator[Segment]:
     """The segments of a request, none where it stays uncompressed."""
     return plan.segments() if isinstance(plan, RequestPlan) else iter(())
-
-
-def freed_blocks(segment: Segment) -> int:
-    """Blocks that a segment gives back."""
-    return segment.num_blocks - segment.num_lease_blocks
 
 
 def growth_of(held: int, left: int | None, computed: int, due: Segment | None) -> Growth:
@@ -86,4 +81,4 @@ def growth_of(held: int, left: int | None, computed: int, due: Segment | None) -
     """
     if due is None:
         return Growth(held, left)
-    return Growth(held, left, max(0, due.due_at - computed), freed_blocks(due))
+    return Growth(held, left, max(0, due.due_at - computed), due.num_freed_blocks)

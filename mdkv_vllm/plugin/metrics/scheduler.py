@@ -81,7 +81,7 @@ class SchedulerMetrics:
 
     def returned(self, request_id: str, segment: Segment) -> None:
         """A compressed segment of a request gives blocks back."""
-        blocks = segment.num_blocks - segment.num_lease_blocks
+        blocks = segment.num_freed_blocks
         if segment.first_block == 0 and segment.part == "prompt":
             self._recorder.add(PROMPTS_COMPRESSED)
         self._returned[request_id] = self._returned.get(request_id, 0) + blocks

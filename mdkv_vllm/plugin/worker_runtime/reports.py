@@ -151,7 +151,7 @@ class CompressionRecord:
         held = segment.span_tokens * layout.pages_per_block
         per_format["drop"] = held - sum(per_format.values())
         full = segment.loaded_end - segment.first_block
-        freed = segment.num_blocks - segment.num_lease_blocks
+        freed = segment.num_freed_blocks
         return CompressionReport(
             self.request_id,
             self._request.prompt_tokens,

@@ -100,7 +100,7 @@ def of_kind(rows, kind):
 
 @pytest.fixture(scope="module")
 def checked(environment, tmp_path_factory):
-    """The stage without faults: what :func:`rehearse` returns, and the seconds that it took here."""
+    """The stage without faults: what :func:`rehearse` returns, and the seconds it took."""
     began = time.monotonic()
     outcome = rehearse(environment, tmp_path_factory.mktemp("check"), "check")
     return *outcome, time.monotonic() - began

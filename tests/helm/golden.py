@@ -11,7 +11,7 @@ from pathlib import Path
 from chart import example, files
 
 GOLDEN = Path(__file__).parent / "golden"
-INSTALLS = ("one-gpu", "four-gpus-autoscaling", "cpu-demo")
+INSTALLS = ("one-gpu", "four-gpus-autoscaling", "cpu-demo", "long-agents")
 
 
 def golden(install):

@@ -10,6 +10,7 @@ MODES = {
     "one-gpu": example("one-gpu"),
     "four-gpus-autoscaling": example("four-gpus-autoscaling"),
     "cpu-demo": example("cpu-demo"),
+    "long-agents": example("long-agents"),
     "several-nodes": {
         "multiNode": {"enabled": True, "nodes": 4},
         "gpu": {"count": 8, "runtimeClassName": "nvidia"},

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 import yaml
 from chart import CHART, EXAMPLES, MODEL, files, loaded, manifests
+from golden import INSTALLS
 from modes import MODES
 
 from mdkv_vllm.settings_schema import settings_schema
@@ -147,4 +148,4 @@ def test_the_readme_lists_every_value_with_its_default():
 
 def test_every_example_is_tested():
     names = {path.stem for path in EXAMPLES.glob("*.yaml")}
-    assert names == {"one-gpu", "four-gpus-autoscaling", "cpu-demo", "production-stack"}
+    assert names == {*INSTALLS, "production-stack"}

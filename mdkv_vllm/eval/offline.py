@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,12 @@ def measure(
         wanted: methods and budgets.
     """
     asked = example.turns[turn]
-    prefill = model.prefill(token_ids(model.tokenizer, prompt_text(model.tokenizer, example, turn)))
+    prompts = [
+        token_ids(model.tokenizer, prompt_text(model.tokenizer, example, index))
+        for index in range(turn + 1)
+    ]
+    earlier = [_in_common(prompt, prompts[-1]) for prompt in prompts[:-1]]
+    prefill = model.prefill(prompts[-1])
     given = model.tokenizer(asked.given, add_special_tokens=False).input_ids
     full, heard = _hear(HeldRequest(model, full_cache(prefill), prefill.logits), given)
     answer = generate([full], asked.max_tokens)[0]
@@ -82,7 +88,7 @@ def measure(
         some = wanted[start : start + ROWS_AT_ONCE]
         requests, shares, along = [], [], []
         for trial in some:
-            request = begin(trial.method, model, prefill, trial.budget)
+            request = begin(trial.method, model, prefill, trial.budget, earlier)
             shares.append(round(request.cache.share, 5))
             request, logits = _hear(request, given)
             requests.append(request)
@@ -111,6 +117,12 @@ def measure(
                 )
             )
     return rows
+
+
+def _in_common(prompt: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two prompts begin with alike."""
+    pairs = zip(prompt, other, strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _hear(request: HeldRequest, given: list[int]) -> tuple[HeldRequest, torch.Tensor]:

@@ -97,6 +97,23 @@ class HeldCache:
         """Tokens that are held or forgotten."""
         return self.keys.shape[2]
 
+    def first(self, tokens: int) -> HeldCache:
+        """The cache of its first tokens, as they are held.
+
+        Args:
+            tokens: how many.
+
+        Returns:
+            The same share as before: that of the first tokens is not known here.
+        """
+        return HeldCache(
+            self.keys[:, :, :tokens],
+            self.values[:, :, :tokens],
+            self.kept[:, :, :tokens],
+            self.share,
+            None if self.formats is None else self.formats[:, :, :tokens],
+        )
+
     def grown(self, keys: torch.Tensor, values: torch.Tensor) -> HeldCache:
         """The cache with more tokens behind it, at full size.
 

@@ -1,8 +1,9 @@
-"""A conversation: two questions about one document, the second after the first is answered."""
+"""Conversations: questions about one document, each after the one before has been answered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from mdkv_vllm.tasks.filling import hide
 from mdkv_vllm.tasks.needles import NUMBER, announce, ask, needle
@@ -10,11 +11,11 @@ from mdkv_vllm.tasks.task import Draft, Setting, Task
 from mdkv_vllm.tasks.vocabulary import digits, distinct, word_pair
 
 
-def _plan(setting: Setting) -> Callable[[int], Draft]:
-    """The needles lie half the text apart; the size is tokens of haystack."""
+def _plan(count: int, setting: Setting) -> Callable[[int], Draft]:
+    """The needles lie evenly apart; the size is tokens of haystack."""
     random = setting.random
-    keys, values = distinct(word_pair, random, 2), distinct(digits, random, 2)
-    depths = (setting.depth, (setting.depth + 0.5) % 1)
+    keys, values = distinct(word_pair, random, count), distinct(digits, random, count)
+    depths = [(setting.depth + number / count) % 1 for number in range(count)]
     needles = [
         (depth, needle(NUMBER, key, value))
         for depth, key, value in zip(depths, keys, values, strict=True)
@@ -30,5 +31,16 @@ def _plan(setting: Setting) -> Callable[[int], Draft]:
 
 
 FOLLOWUP = (
-    Task("followup", "followup", "two numbers of one document, asked for one after another", _plan),
+    Task(
+        "followup",
+        "followup",
+        "two numbers of one document, asked for one after another",
+        partial(_plan, 2),
+    ),
+    Task(
+        "followup_5",
+        "followup",
+        "five numbers of one document, asked for one after another",
+        partial(_plan, 5),
+    ),
 )

@@ -42,8 +42,9 @@ def server(model_folder):
 def fast_server(model_folder):
     """The same in the type that this machine computes fastest in, one prompt a step."""
     with Server(
-        model_folder, {"budget": 0.3}, "--max-model-len=4608", f"--dtype={fast_dtype()}"
-    ) as running:
+        model_folder, {"budget": 0.3}, "--max-model-len=4608", f"--dtype={fast_dtype()}",
+        "--enable-prompt-tokens-details",
+    ) as running:  # fmt: skip
         yield running
 
 

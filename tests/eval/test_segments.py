@@ -132,3 +132,25 @@ def test_settings_of_a_method_are_refused(text, message):
 )
 def test_settings_of_a_method_are_read(text):
     assert MixedDim.parse(text) == MixedDim(text, {"window": 32, "segments": "rolling"})
+
+
+def test_a_later_turn_reads_what_an_earlier_one_left(model, tokens):
+    """Its leases to the bit, everything behind them computed and compressed anew."""
+    prefill = model.prefill(tokens)
+    settings = {"segments": "prompt", "segment_tokens": SEGMENT}
+    alone = MixedDim("cold", settings).begin(model, model.prefill(tokens[:PROMPT_TOKENS]), 0.4)
+    # The same numbers need the same shapes of matrix products.
+    first = SegmentedRequest.begin(model, prefill, alone.plan, alone.compressor)
+    (shared,) = first.for_others
+    warm = MixedDim("warm", settings, warm=True).begin(model, prefill, 0.4, [PROMPT_TOKENS])
+    assert warm.plan.shared == (shared,)
+    assert warm.compressed == 1
+    assert warm.blocks_held == warm.plan.blocks_held(len(tokens))
+    known = 16 * shared.end_block
+    assert known == 16 * ((PROMPT_TOKENS - 16) // 16)
+    assert torch.equal(warm.cache.keys[:, :, :known], first.cache.keys[:, :, :known])
+    assert torch.equal(warm.cache.kept[:, :, :known], first.cache.kept[:, :, :known])
+    cold = MixedDim("cold", settings, warm=False).begin(model, prefill, 0.4, [PROMPT_TOKENS])
+    assert cold.plan.shared == ()
+    assert not torch.equal(cold.logits, warm.logits)
+    assert not warm.cache.kept[:, :, known:].all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from mdkv_vllm.config import EVEN_HEADS, HEADS_FILE
@@ -41,11 +42,17 @@ class Method(Protocol):
         ...
 
 
-NEED_HEAD_SCORES = ("ours-even", "paper-h", "headkv")
+NEED_HEAD_SCORES = ("ours-even", "ours-warm", "paper-h", "headkv")
 """Methods that cannot be applied, or say nothing new, for a model without head scores."""
 
 
-def begin(method: Method, model: InProcessModel, prefill: Prefill, budget: float) -> HeldRequest:
+def begin(
+    method: Method,
+    model: InProcessModel,
+    prefill: Prefill,
+    budget: float,
+    earlier: Sequence[int] = (),
+) -> HeldRequest:
     """A request that has computed its prompt and is held as a method does.
 
     Args:
@@ -53,9 +60,10 @@ def begin(method: Method, model: InProcessModel, prefill: Prefill, budget: float
         model: the model that prefilled the prompt.
         prefill: the prompt.
         budget: see :meth:`Method.apply`.
+        earlier: of a conversation's earlier turns, how many of these tokens are their prompt.
     """
     if isinstance(method, MixedDim):
-        return method.begin(model, prefill, budget)
+        return method.begin(model, prefill, budget, earlier)
     return HeldRequest(model, method.apply(model, prefill, budget), prefill.logits)
 
 
@@ -69,6 +77,7 @@ def methods_for(model: InProcessModel) -> dict[str, Method]:
         MixedDim("ours"),
         MixedDim("ours-even", {"heads": EVEN_HEADS}),
         MixedDim("ours-rolling", {"segments": Rule.ROLLING.value}),
+        MixedDim("ours-warm", warm=True),
         MixedDim("paper", {**paper, "heads": EVEN_HEADS}),
         MixedDim("paper-h", {**paper, "heads": scores, **HEADKV_BUDGETS}),
         Eviction("snapkv", eviction.snapkv),

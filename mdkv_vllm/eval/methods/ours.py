@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,10 +30,13 @@ class MixedDim:
     Attributes:
         name: how reports call it.
         settings: ``MixedDimConfig`` fields other than the budget.
+        warm: whether a conversation's later turns read what the earlier ones left compressed,
+            as they do on a server; without, each is computed anew.
     """
 
     name: str
     settings: dict[str, object] = field(default_factory=dict)
+    warm: bool = False
     fixed_shares: tuple[float, ...] = ()
 
     @classmethod
@@ -64,13 +68,20 @@ class MixedDim:
         """See :class:`mdkv_vllm.eval.methods.Method`."""
         return self.begin(model, prefill, budget).cache
 
-    def begin(self, model: InProcessModel, prefill: Prefill, budget: float) -> HeldRequest:
+    def begin(
+        self,
+        model: InProcessModel,
+        prefill: Prefill,
+        budget: float,
+        earlier: Sequence[int] = (),
+    ) -> HeldRequest:
         """A request that has computed its prompt, whose answer will be compressed as well.
 
         Args:
             model: the model that prefilled the prompt.
             prefill: the prompt, with all of its queries if it may have several segments.
             budget: share of the bytes in 16 bit.
+            earlier: of the conversation's earlier turns, how many of these tokens are their prompt.
         """
         config = MixedDimConfig(budget=budget, **self.settings)  # type: ignore[arg-type]
         # Bytes are counted against a 16-bit cache whatever the model computes in.
@@ -79,14 +90,22 @@ class MixedDim:
         sizes = (model.num_layers, model.num_kv_heads)
         heads = load_head_budgets(config, str(model.folder), sizes)
         policy = Policy(config, geometry, *sizes, head_scores=heads is not None)
-        plan = policy.plan(prefill.num_tokens)
-        if not isinstance(plan, RequestPlan):
-            return HeldRequest(model, full_cache(prefill), prefill.logits)
         basis, kernels = self._basis(model, policy), CpuKernels()
         compressor = Compressor(
             policy.layout, LOSSES[config.loss], model.scale, basis, heads, kernels
         )
-        return SegmentedRequest.begin(model, prefill, plan, compressor)
+        prompts = (*earlier, prefill.num_tokens) if self.warm else (prefill.num_tokens,)
+        request: SegmentedRequest | None = None
+        for tokens in prompts:
+            shared = request.for_others if request and policy.shares else ()
+            plan = policy.plan(tokens, shared=shared)
+            if not isinstance(plan, RequestPlan):
+                request = None
+            elif request is None or not shared:
+                request = SegmentedRequest.begin(model, prefill, plan, compressor)
+            else:
+                request = request.followed_by(prefill.token_ids[:tokens], plan)
+        return request or HeldRequest(model, full_cache(prefill), prefill.logits)
 
     def _basis(self, model: InProcessModel, policy: Policy) -> Basis | None:
         if not policy.formats.uses_basis or policy.prompt_basis:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 
@@ -12,9 +12,9 @@ from mdkv_vllm.core.basis import Basis
 from mdkv_vllm.core.compress import CompressedSegment, Compressor
 from mdkv_vllm.core.formats import Rotation
 from mdkv_vllm.core.packing import unpack_list
-from mdkv_vllm.core.plan import RequestPlan
+from mdkv_vllm.core.plan import RequestPlan, may_share
 from mdkv_vllm.core.reference import read_page_table, read_prompt_basis, to_full
-from mdkv_vllm.core.segment import Segment
+from mdkv_vllm.core.segment import Segment, SharedSegment
 from mdkv_vllm.eval.held_request import HeldRequest
 from mdkv_vllm.models.held_cache import HeldCache, Prefill, full_cache
 from mdkv_vllm.models.in_process import InProcessModel
@@ -32,7 +32,7 @@ class SegmentedRequest(HeldRequest):
         compressor: compresses them.
         queries: of the last tokens computed, those from where the next segment's window may begin
             at the latest; ``[layers, query_heads, tokens, head_size]``.
-        compressed: segments that are compressed, the first ones.
+        compressed: segments of its own that are compressed, the first ones.
     """
 
     plan: RequestPlan
@@ -48,26 +48,48 @@ class SegmentedRequest(HeldRequest):
 
         Args:
             model: the model.
-            prefill: the prompt, computed in one piece with everything held: its tokens up to where
+            prefill: the prompt, or one that begins with it and whose own request comes later,
+                computed in one piece with everything held: tokens up to where
                 the first segment is due are taken from there. With the queries of its window at
                 least where it has one segment, and all otherwise.
             plan: the request's plan.
             compressor: compresses its segments.
         """
-        first = min(next(plan.segments()).due_at, prefill.num_tokens)
+        first = min(next(plan.segments()).due_at, plan.prompt_tokens)
         before = prefill.num_tokens - prefill.queries.shape[2]
-        full = full_cache(prefill)
+        full = full_cache(prefill).first(first)
         held = HeldCache(
-            full.keys[:, :, :first].float(),
-            full.values[:, :, :first].float(),
-            full.kept[:, :, :first],
-            1.0,
-            _at_full_size(full.kept[:, :, :first], compressor),
-        )
+            full.keys.float(), full.values.float(), full.kept, 1.0,
+            _at_full_size(full.kept, compressor),
+        )  # fmt: skip
         queries = prefill.queries[:, :, : max(0, first - before)]
         request = cls(model, held, prefill.logits, plan, compressor, queries)._compress()
-        rest = prefill.token_ids[first:]
+        rest = prefill.token_ids[first : plan.prompt_tokens]
         return request._computed(rest, every_logit=False)[0] if rest else request
+
+    @property
+    def for_others(self) -> tuple[SharedSegment, ...]:
+        """Segments whose leases a later request may read, from its first token on."""
+        terms, done = self.plan.terms, islice(self.plan.segments(), self.compressed)
+        own = takewhile(lambda one: may_share(one, terms), done)
+        return (
+            *self.plan.shared,
+            *(SharedSegment(one.first_block, one.first_lease_block, one.end_block) for one in own),
+        )
+
+    def followed_by(self, token_ids: Sequence[int], plan: RequestPlan) -> SegmentedRequest:
+        """A later request that reads this one's leases and computes the rest of its prompt.
+
+        Args:
+            token_ids: its prompt, which begins with this one's.
+            plan: its plan, behind :attr:`for_others`.
+        """
+        known = plan.first_own_block * plan.terms.block_size
+        request = replace(
+            self, plan=plan, cache=self.cache.first(known), queries=self.queries[:, :, :0],
+            compressed=0,
+        )  # fmt: skip
+        return request._computed(token_ids[known:], every_logit=False)[0]
 
     def only_grows_by(self, tokens: int) -> bool:
         """See :meth:`HeldRequest.only_grows_by`."""
@@ -81,9 +103,8 @@ class SegmentedRequest(HeldRequest):
     @property
     def blocks_held(self) -> int:
         """Blocks of its leases and of everything behind them."""
-        done = islice(self.plan.segments(), self.compressed)
-        freed = sum(segment.first_lease_block - segment.first_block for segment in done)
-        return self._blocks - freed
+        own = islice(self.plan.segments(), self.compressed)
+        return self._blocks - sum(one.num_freed_blocks for one in (*self.plan.shared, *own))
 
     @property
     def _blocks(self) -> int:

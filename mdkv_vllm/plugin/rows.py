@@ -47,6 +47,16 @@ def batch_order(runner: Any, use_v2: bool) -> BatchOrder:  # noqa: ANN401
     return RunnerV2Order(runner) if use_v2 else RunnerV1Order(runner)
 
 
+def computed_tokens(scheduled: SchedulerOutput) -> dict[str, int]:
+    """Tokens of the requests that a step goes on with, by their ids, computed before it.
+
+    Drafts of the step before are among them where they were accepted: the scheduler knows, because
+    it does not run ahead of them (see :mod:`.validation`).
+    """
+    running = scheduled.scheduled_cached_reqs
+    return dict(zip(running.req_ids, running.num_computed_tokens, strict=True))
+
+
 def new_requests(scheduled: SchedulerOutput) -> Iterator[CompressionRequest]:
     """Requests that a step brings, those that runner V2 meets again after a preemption included."""
     for new in scheduled.scheduled_new_reqs:

@@ -15,6 +15,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 from mdkv_vllm.config import REQUEST_BUDGET, Budget, ConfigError, MixedDimConfig, request_budget
 from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
 
+CACHELESS_DRAFTS = ("ngram", "ngram_gpu", "suffix", "medusa", "custom_class")
+"""Methods of speculative decoding whose drafts come from no layers with a KV cache."""
 MAX_GPU_BLOCK_SIZE = 48
 """Tokens of a block on GPUs. A page is a block's share of one head, and kernels hold whole pages in
 shared memory: of 64 tokens or more, too few fit a multiprocessor to keep its memory busy."""
@@ -45,8 +47,7 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, config: MixedD
             problems.append(
                 "models with sliding-window layers (disable with --disable-sliding-window)"
             )
-    if vllm_config.speculative_config is not None:
-        problems.append("speculative decoding (--speculative-config)")
+    problems += _of_drafts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
         problems.append("context parallelism (--decode-context-parallel-size)")
     if parallel.prefill_context_parallel_size > 1:
@@ -70,6 +71,25 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, config: MixedD
         problems.append("--attention-config backend_per_kind")
     if problems:
         raise ConfigError("--attention-backend mixeddim does not support " + "; ".join(problems))
+
+
+def _of_drafts(vllm_config: VllmConfig) -> list[str]:
+    """What is asked of speculative decoding that leases cannot carry."""
+    drafts = vllm_config.speculative_config
+    if drafts is None:
+        return []
+    if drafts.method not in CACHELESS_DRAFTS:
+        allowed = ", ".join(CACHELESS_DRAFTS)
+        return [
+            f"--speculative-config with method {drafts.method}, whose draft layers would need leases "
+            f"of their own (allowed: {allowed})"
+        ]
+    if vllm_config.scheduler_config.async_scheduling:
+        return [
+            "--speculative-config under asynchronous scheduling, which counts drafts before they "
+            "are accepted (add --no-async-scheduling)"
+        ]
+    return []
 
 
 def _sends_events(vllm_config: VllmConfig) -> bool:

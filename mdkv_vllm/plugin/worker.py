@@ -26,9 +26,10 @@ from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.directory import start_recording
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
-from mdkv_vllm.plugin.rows import batch_order, new_requests
+from mdkv_vllm.plugin.rows import batch_order, computed_tokens, new_requests
 from mdkv_vllm.plugin.spec import MixedDimSpec
-from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, StepLimits, install_runtime
+from mdkv_vllm.plugin.worker_runtime.metadata import StepLimits
+from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
 from mdkv_vllm.policy import Policy
 
 if TYPE_CHECKING:
@@ -126,6 +127,7 @@ class MixedDimWorker(Worker):
             scheduler_output.finished_req_ids,
             scheduler_output.preempted_req_ids or set(),
             new_requests(scheduler_output),
+            computed_tokens(scheduler_output),
         ):
             return super().execute_model(scheduler_output)
 
@@ -168,6 +170,7 @@ def step_limits(vllm_config: VllmConfig, policy: Policy) -> StepLimits:
         max(scheduler.max_num_seqs, graph_tokens),
         policy.most_leases(vllm_config.model_config.max_model_len),
         graph_tokens,
+        vllm_config.uniform_decode_query_len,
     )
 
 

@@ -27,10 +27,13 @@ class _Ripe:
     watch: Stopwatch
     compression: Compression | None = None
 
-    @property
-    def steps_left(self) -> int:
-        """Steps, this one included, until it is due: then the scheduler may free its blocks."""
-        return max(1, self.segment.due_at - self.held.computed_tokens + 1)
+    def steps_left(self, step_tokens: int) -> int:
+        """Steps, this one included, until it is due: then the scheduler may free its blocks.
+
+        Args:
+            step_tokens: that its request computes in a step at most.
+        """
+        return max(0, -(-(self.segment.due_at - self.held.computed_tokens) // step_tokens)) + 1
 
     @property
     def done(self) -> bool:
@@ -48,13 +51,17 @@ class CompressionRunner:
         policy: the settings applied to the model.
         compressor: compresses a segment.
         kv_cache: the whole cache, ``[blocks, layers * kv_heads, block_size, 2 * head_size]``.
+        decode_tokens: that a request which generates computes in a step at most.
     """
 
-    def __init__(self, policy: Policy, compressor: Compressor, kv_cache: torch.Tensor) -> None:
+    def __init__(
+        self, policy: Policy, compressor: Compressor, kv_cache: torch.Tensor, decode_tokens: int
+    ) -> None:
         self.totals = Totals()
         self._policy = policy
         self._compressor = compressor
         self._kv_cache = kv_cache
+        self._decode_tokens = decode_tokens
         self._ripe: list[_Ripe] = []
         self._records: list[CompressionRecord] = []
         self._metrics: WorkerMetrics | None = None
@@ -69,15 +76,15 @@ class CompressionRunner:
         self.totals = Totals()
         self._metrics = metrics
 
-    def add(self, held: HeldRequest, segment: Segment, blocks: torch.Tensor) -> None:
-        """Have a segment compressed that is ripe after this step.
+    def add(self, held: HeldRequest, segment: Segment) -> None:
+        """Have a segment compressed that is ripe.
 
         Args:
             held: its request.
-            segment: the request's next one; its window is captured in this step at the latest.
-            blocks: integer ``[blocks]``, ids of the blocks that its compression reads.
+            segment: the request's next one; its window is captured.
         """
-        held.given += 1
+        assert held.blocks is not None
+        blocks = held.blocks[segment.first_block : segment.loaded_end]
         self._ripe.append(_Ripe(held, segment, blocks, Stopwatch(self._kv_cache.device)))
 
     def run(self, gone: set[str]) -> None:
@@ -87,7 +94,8 @@ class CompressionRunner:
         if self._metrics is not None:
             self._metrics.released(gone)
         line = [one for one in self._ripe if one.held.request.request_id not in gone]
-        line.sort(key=lambda one: one.steps_left)  # a request's own stay in their order
+        # A request's own stay in their order.
+        line.sort(key=lambda one: one.steps_left(self._decode_tokens))
         parts = self._parts_due(line)
         for ripe in line:
             parts = self._advance(ripe, parts)
@@ -101,7 +109,7 @@ class CompressionRunner:
         for ripe in line:
             begun = ripe.compression
             parts += self._compressor.parts if begun is None else begun.parts_left
-            most = max(most, -(-parts // ripe.steps_left))
+            most = max(most, -(-parts // ripe.steps_left(self._decode_tokens)))
         return most
 
     def _advance(self, ripe: _Ripe, parts: int) -> int:

@@ -63,6 +63,26 @@ class MixedDimMetadata:
     recent: int = 0
 
 
+@dataclass(frozen=True)
+class StepLimits:
+    """How large a step may be.
+
+    Attributes:
+        tokens: query tokens.
+        requests: rows.
+        leases: of a request.
+        graph_tokens: the largest batch that a CUDA graph holds; 0 without graphs.
+        decode_tokens: query tokens of a request that generates: its last token and the drafts
+            behind it.
+    """
+
+    tokens: int
+    requests: int
+    leases: int
+    graph_tokens: int = 0
+    decode_tokens: int = 1
+
+
 class StepBuffers:
     """Tensors on the device that every step's numbers are copied into.
 
@@ -70,18 +90,14 @@ class StepBuffers:
     wait for the device.
 
     Args:
-        max_tokens: query tokens of a step at most.
-        max_requests: rows of a step at most.
-        max_leases: of a request at most.
+        limits: the largest step.
         device: where the cache is.
     """
 
-    def __init__(
-        self, max_tokens: int, max_requests: int, max_leases: int, device: torch.device
-    ) -> None:
-        self._rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+    def __init__(self, limits: StepLimits, device: torch.device) -> None:
+        self._rows = torch.zeros(limits.tokens, dtype=torch.int32, device=device)
         self._lengths = torch.zeros_like(self._rows)
-        shape = (max_requests, max_leases, 2)
+        shape = (limits.requests, limits.leases, 2)
         self._leases = torch.zeros(shape, dtype=torch.int32, device=device)
         self._pinned = device.type == "cuda"
 

@@ -3,6 +3,9 @@
 A step that runs eagerly copies them as its layers run (:class:`.metadata.Capture`). A step of
 single tokens may be replayed from a CUDA graph, and one of them may be in a window: the graph keeps
 the queries of every such step, and the windows' are taken from there after it.
+
+Queries of drafts are captured like others. Where a draft is rejected, the token that stands in its
+place is computed before its segment is ripe, and its query replaces the draft's.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ class QueryWindow:
             context: tokens before it.
             length: tokens up to the end of the step.
         """
-        for segment in held.segments_from(held.given, length):
+        for segment in held.unripe(length):
             first, last = max(context, segment.window_start), min(length, segment.ripe_at)
             if first >= last:
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,8 +25,10 @@ class HeldRequest:
             block and the one behind the last.
         windows: by segments that are not compressed yet, the queries captured so far, see
             :class:`.query_window.QueryWindow`.
-        computed_tokens: that it had after its last step.
-        given: how many segments the runner has been given.
+        computed_tokens: that the scheduler counted when it scheduled the request last: those of
+            the step before included, drafts only where they were accepted.
+        blocks: int32 ``[blocks or fewer]``, ids of its first blocks, up to the last that a segment
+            which may have ripened in its last step reads.
     """
 
     request: CompressionRequest
@@ -34,15 +36,21 @@ class HeldRequest:
     leases: list[tuple[int, int]] = field(default_factory=list)
     windows: dict[Segment, torch.Tensor] = field(default_factory=dict)
     computed_tokens: int = 0
-    given: int = 0
+    blocks: torch.Tensor | None = None
+    _ripe: int = 0
     _segments: Iterator[Segment] | None = None
     _known: list[Segment] = field(default_factory=list)
 
-    def segments_from(self, number: int, before_token: int) -> Iterator[Segment]:
-        """Segments from a number on whose window begins before a token."""
-        while segment := self._segment(number):
-            if segment.window_start >= before_token:
-                return
+    def take_ripe(self) -> Iterator[Segment]:
+        """Segments that computed tokens have made ripe since this was called last."""
+        while (segment := self._segment(self._ripe)) and segment.ripe_at <= self.computed_tokens:
+            self._ripe += 1
+            yield segment
+
+    def unripe(self, before_token: int) -> Iterator[Segment]:
+        """Segments that are not ripe yet and whose window begins before a token."""
+        number = self._ripe
+        while (segment := self._segment(number)) and segment.window_start < before_token:
             yield segment
             number += 1
 
@@ -80,6 +88,13 @@ class RequestTable:
             planned = plan if isinstance(plan, RequestPlan) else None
             shared = [one.lease for one in request.shared]
             self._held[request.request_id] = HeldRequest(request, planned, shared)
+
+    def count(self, computed_tokens: Mapping[str, int]) -> list[HeldRequest]:
+        """Take over the scheduler's counts of requests that it schedules again; these requests."""
+        counted = [self._held[request_id] for request_id in computed_tokens]
+        for held, tokens in zip(counted, computed_tokens.values(), strict=True):
+            held.computed_tokens = tokens
+        return counted
 
     def remove(self, finished: set[str], preempted: set[str]) -> None:
         """Forget requests that ended, and the leases of those that lost their blocks."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,30 +15,13 @@ from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.leased import LeasedPrefill
 from mdkv_vllm.plugin.rows import BatchOrder
 from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
-from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
+from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata, StepLimits
 from mdkv_vllm.plugin.worker_runtime.query_window import QueryWindow
 from mdkv_vllm.plugin.worker_runtime.reports import Totals
 from mdkv_vllm.plugin.worker_runtime.request_table import RequestTable
 from mdkv_vllm.plugin.worker_runtime.step_builder import StepBuilder
 from mdkv_vllm.policy import Policy
 from mdkv_vllm.request import CompressionRequest
-
-
-@dataclass(frozen=True)
-class StepLimits:
-    """How large a step may be.
-
-    Attributes:
-        tokens: query tokens.
-        requests: rows.
-        leases: of a request.
-        graph_tokens: the largest batch that a CUDA graph holds; 0 without graphs.
-    """
-
-    tokens: int
-    requests: int
-    leases: int
-    graph_tokens: int
 
 
 class Runtime:
@@ -80,11 +62,8 @@ class Runtime:
         self._window = QueryWindow(
             policy, num_query_heads, query_dtype, limits.graph_tokens, device
         )
-        self._runner = CompressionRunner(policy, compressor, kv_cache)
-        self._builder = StepBuilder(
-            self._table, self._window, self._runner, prefill, order,
-            limits.tokens, limits.requests, limits.leases, device,
-        )  # fmt: skip
+        self._runner = CompressionRunner(policy, compressor, kv_cache, limits.decode_tokens)
+        self._builder = StepBuilder(self._table, self._window, prefill, order, limits, device)
         self._stepping = False
 
     @property
@@ -113,20 +92,30 @@ class Runtime:
 
     @contextmanager
     def step(
-        self, finished: set[str], preempted: set[str], new: Iterable[CompressionRequest]
+        self,
+        finished: set[str],
+        preempted: set[str],
+        new: Iterable[CompressionRequest],
+        computed_tokens: Mapping[str, int],
     ) -> Iterator[None]:
         """Around one step of the model; what runs outside of any is vLLM's warm-up.
 
         Compresses segments that ripened in steps before: the tokens of those steps do not wait,
         and a request that ends with one costs nothing. The scheduler may already have given freed
-        blocks away, but nobody writes them before this step's forward pass.
+        blocks away, but nobody writes them before this step's forward pass. It frees by the counts
+        that come with the step, or by smaller ones where it runs ahead.
 
         Args:
             finished: ids of requests that ended since the last step.
             preempted: ids of requests that lost all their blocks since.
             new: requests that this step brings.
+            computed_tokens: of requests that it goes on with, by their ids: those computed before
+                it, without drafts that were rejected.
         """
         self._window.collect()
+        for held in self._table.count(computed_tokens):
+            for segment in held.take_ripe():
+                self._runner.add(held, segment)
         self._runner.run(finished | preempted)
         self._table.remove(finished, preempted)
         self._runner.read_records(wait=False)

@@ -9,8 +9,12 @@ from mdkv_vllm.kernels.interface import Chunk
 from mdkv_vllm.plugin.prefill.chunks import on_device
 from mdkv_vllm.plugin.prefill.leased import LeasedPrefill
 from mdkv_vllm.plugin.rows import BatchOrder
-from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
-from mdkv_vllm.plugin.worker_runtime.metadata import Decode, MixedDimMetadata, StepBuffers
+from mdkv_vllm.plugin.worker_runtime.metadata import (
+    Decode,
+    MixedDimMetadata,
+    StepBuffers,
+    StepLimits,
+)
 from mdkv_vllm.plugin.worker_runtime.query_window import QueryWindow
 from mdkv_vllm.plugin.worker_runtime.request_table import RequestTable
 
@@ -51,17 +55,14 @@ class _Step:
 
 
 class StepBuilder:
-    """Sorts a step's requests into prefills and decodes, and notes segments that ripen in it.
+    """Sorts a step's requests into prefills and decodes, and notes segments that may ripen in it.
 
     Args:
         table: the requests.
         window: captures the queries that score segments.
-        runner: compresses segments that are ripe.
         prefill: attention of prompts.
         order: reads the running batch.
-        max_tokens: query tokens of a step at most.
-        max_requests: rows of a step at most.
-        max_leases: of a request at most.
+        limits: the largest step.
         device: where the cache is.
     """
 
@@ -69,21 +70,18 @@ class StepBuilder:
         self,
         table: RequestTable,
         window: QueryWindow,
-        runner: CompressionRunner,
         prefill: LeasedPrefill,
         order: BatchOrder,
-        max_tokens: int,
-        max_requests: int,
-        max_leases: int,
+        limits: StepLimits,
         device: torch.device,
     ) -> None:
         self._table = table
         self._window = window
-        self._runner = runner
         self._prefill = prefill
         self._order = order
         self._device = device
-        self._buffers = StepBuffers(max_tokens, max_requests, max_leases, device)
+        self._decode_tokens = limits.decode_tokens
+        self._buffers = StepBuffers(limits, device)
 
     def build(self, batch: CommonAttentionMetadata, stepping: bool) -> MixedDimMetadata:
         """Build one step's metadata, shared by all layers.
@@ -118,14 +116,12 @@ class StepBuilder:
         if held.leases:
             step.leases[row] = held.leases
         self._window.note(held, step.metadata, start, context, length)
-        for segment in held.segments_from(held.given, length):
-            if segment.ripe_at > length:
-                break
-            blocks = step.batch.block_table_tensor[row, segment.first_block : segment.loaded_end]
-            self._runner.add(held, segment, blocks.clone())
-        held.computed_tokens = length
-        fewest = self._prefill.fewest_tokens if held.leases else 2
-        if stop - start < fewest:
+        # If every draft is accepted. The table's rows belong to others in the next step.
+        may_ripen = [one for one in held.unripe(length) if one.ripe_at <= length]
+        if may_ripen:
+            held.blocks = step.batch.block_table_tensor[row, : may_ripen[-1].loaded_end].clone()
+        most = self._prefill.fewest_tokens - 1 if held.leases else self._decode_tokens
+        if stop - start <= most:
             step.decode(row, start, stop, context)
         else:
             step.chunks.append(Chunk(start, stop, context, row, tuple(held.leases)))

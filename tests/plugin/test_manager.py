@@ -107,8 +107,10 @@ class LeaseLife(RuleBasedStateMachine):
         self.waiting, self.running = [], []
         self.memory: dict[int, object] = {}
         self.processed: dict[str, int] = {}
+        self.counted: dict[str, int] = {}
+        self.tables: dict[str, list[int]] = {}
         self.compressed: dict[str, int] = {}
-        self.ripe: list[tuple[Request, Segment, list[int]]] = []
+        self.ripe: list[tuple[Request, Segment]] = []
         self.count = 0
         self.admitted: dict[str, Request] = {}
         self.hits = 0
@@ -139,6 +141,7 @@ class LeaseLife(RuleBasedStateMachine):
         self.running.append(request)
         self.admitted[request.request_id] = request
         self.compressed[request.request_id] = 0
+        self.tables[request.request_id] = []
         self._run(request, chunk, early)
 
     def _check_hits(self, request, blocks):
@@ -174,8 +177,21 @@ class LeaseLife(RuleBasedStateMachine):
                 self._step(request, 1, early=0)
                 request.num_in_flight_tokens = 0
 
-    def _step(self, request, chunk, early):
-        chunk = min(chunk, request.num_tokens - request.num_computed_tokens)
+    @precondition(lambda self: self.running)
+    @rule(
+        data=st.data(),
+        drafts=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=5, max_size=60),
+    )
+    def draft_one(self, data, drafts):
+        """Steps of one token and drafts behind it, of which some are accepted."""
+        request = data.draw(st.sampled_from(self.running))
+        for accepted, rejected in drafts:
+            one_left = request.num_tokens - request.num_computed_tokens == 1
+            if request in self.running and one_left:
+                self._step(request, 1, 0, [7] * accepted + [8] * rejected)
+
+    def _step(self, request, chunk, early, drafts=()):
+        chunk = min(chunk, request.num_tokens - request.num_computed_tokens) + len(drafts)
         self.manager.new_step_starts()
         while self.manager.allocate_slots(request, chunk) is None:
             victim = self.running[-1]
@@ -183,7 +199,7 @@ class LeaseLife(RuleBasedStateMachine):
             if victim is request:
                 self._compress_due()  # a step without tokens is a step too
                 return
-        self._run(request, chunk, early)
+        self._run(request, chunk, early, drafts)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
@@ -208,8 +224,12 @@ class LeaseLife(RuleBasedStateMachine):
         request.num_computed_tokens = 0
         self.waiting.insert(0, request)
 
-    def _run(self, request, chunk, early):
-        """What the worker does in a step: compress what is due and some of the rest, then write."""
+    def _run(self, request, chunk, early, drafts=()):
+        """What the worker does in a step: compress what is due and some of the rest, then write.
+
+        Drafts of 7 are accepted, others not.
+        """
+        self._count(request)
         self._compress_due()
         for one in self.ripe[:early]:
             self._compress(one)
@@ -217,37 +237,46 @@ class LeaseLife(RuleBasedStateMachine):
         self.processed[request.request_id] = before - request.num_in_flight_tokens
         after = before + chunk
         blocks = self.single.req_to_blocks[request.request_id]
-        plan = self.single.plan_of(request)
+        table = self.tables[request.request_id]
+        table += [block.block_id for block in blocks[len(table) :]]
+        tokens = (*request.all_token_ids, *drafts)
         behind = self._leases(request)[-1][1] if self._leases(request) else 0
         for index in range(before // BLOCK, -(-after // BLOCK)):
             block = blocks[index]
             assert not block.is_null
             assert index >= behind, "written into a lease"
             upto = min((index + 1) * BLOCK, after)
-            self.memory[block.block_id] = tuple(request.all_token_ids[:upto])
-        if isinstance(plan, RequestPlan):
-            waiting = sum(one[0] is request for one in self.ripe)
-            known = self.compressed[request.request_id] + waiting
-            ids = [block.block_id for block in blocks]
-            self.ripe += [(request, segment, ids) for segment in plan.ripe(after)[known:]]
-        request.num_computed_tokens = after
-        if after == request.num_tokens:
+            self.memory[block.block_id] = tokens[:upto]
+        accepted = [token for token in drafts if token == 7]
+        request.num_computed_tokens = after - len(drafts) + len(accepted)
+        request.append_output_token_ids(accepted)
+        if request.num_computed_tokens == request.num_tokens:
             request.append_output_token_ids(7)
 
+    def _count(self, request):
+        """The worker learns how much of the request is computed, and so what is ripe."""
+        name, plan = request.request_id, self.single.plan_of(request)
+        self.counted[name] = request.num_computed_tokens
+        if isinstance(plan, RequestPlan):
+            known = self.compressed[name] + sum(one[0] is request for one in self.ripe)
+            ripe = plan.ripe(request.num_computed_tokens)[known:]
+            self.ripe += [(request, segment) for segment in ripe]
+
     def _compress_due(self):
-        for one in [one for one in self.ripe if one[0].num_computed_tokens >= one[1].due_at]:
+        due = [one for one in self.ripe if self.counted[one[0].request_id] >= one[1].due_at]
+        for one in due:
             self._compress(one)
 
     def _compress(self, one):
-        request, segment, ids = one
+        request, segment = one
+        ids = self.tables[request.request_id]
         self.ripe.remove(one)
         self.compressed[request.request_id] += 1
         # Some of them, those of the window among them, may be freed by now, but not given away.
         for index in range(segment.first_block, segment.loaded_end):
-            tokens = tuple(request.all_token_ids[: (index + 1) * BLOCK])
-            held = self.memory[ids[index]]
-            assert tokens[: len(held)] == held, "overwritten before compression"
-            assert len(held) >= min(segment.ripe_at, (index + 1) * BLOCK)
+            upto = min(segment.ripe_at, (index + 1) * BLOCK)
+            held = self.memory[ids[index]][:upto]
+            assert held == tuple(request.all_token_ids[:upto]), "overwritten before compression"
         for index in range(*segment.lease):
             block = self.pool.blocks[ids[index]]
             assert block.ref_cnt == 1, "a lease block is shared"

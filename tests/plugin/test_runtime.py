@@ -1,5 +1,6 @@
 """Steps of the worker without vLLM's runner: what is captured, compressed, padded and copied."""
 
+import random
 from itertools import islice
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.sched.output import SchedulerOutput
 
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.compress import Compressor
@@ -28,14 +30,15 @@ from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.prefill.sdpa import SdpaPrefill
 from mdkv_vllm.plugin.rows import RunnerV1Order, RunnerV2Order
 from mdkv_vllm.plugin.worker_runtime.compression_runner import CompressionRunner
+from mdkv_vllm.plugin.worker_runtime.metadata import StepLimits
 from mdkv_vllm.plugin.worker_runtime.reports import Stopwatch
 from mdkv_vllm.plugin.worker_runtime.request_table import HeldRequest
-from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, StepLimits
+from mdkv_vllm.plugin.worker_runtime.runtime import Runtime
 from mdkv_vllm.policy import Policy
 from mdkv_vllm.request import CompressionRequest
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK, BLOCKS = 2, 2, 3, 64, 16, 96
-PROMPT, ANSWER, LEASES = 300, 160, 6
+PROMPT, ANSWER, LEASES, DRAFTS = 300, 160, 6, 4
 REQUEST = CompressionRequest("a", PROMPT)
 
 
@@ -78,7 +81,8 @@ class Worker:
             None,
             compression_kernels("auto", torch.device("cpu")),
         )
-        self.batch_ids = []
+        self.batch_ids: list[str] = []
+        self.computed: dict[str, int] = {}
         self.runtime = Runtime(
             policy,
             compressor,
@@ -87,16 +91,23 @@ class Worker:
             self.kv_cache,
             HEADS * GROUP,
             torch.float32,
-            StepLimits(512, 8, LEASES, graph_tokens),
+            StepLimits(512, 8, LEASES, graph_tokens, DRAFTS + 1),
             SimpleNamespace(request_ids=lambda batch: self.batch_ids),
         )
         self.device = torch.device(device)
         # Persistent, as vLLM's own are.
         self.table = torch.randperm(BLOCKS)[: 8 * 10].int().view(8, 10).repeat(1, 3).to(device)
 
+    def step(self, finished=frozenset(), preempted=frozenset(), new=()):
+        """A step that goes on with all requests that are left, and of them accepts every draft."""
+        gone = finished | preempted
+        self.computed = {i: tokens for i, tokens in self.computed.items() if i not in gone}
+        return self.runtime.step(set(finished), set(preempted), new, self.computed)
+
     def batch(self, ids, counts, lengths, padded_to=None):
         """vLLM's metadata of a step; rows beyond the requests pad a graph's batch."""
         self.batch_ids = ids
+        self.computed |= zip(ids, lengths, strict=True)
         rows = padded_to or len(ids)
         spare = rows - len(ids)
         starts = torch.tensor([0, *counts]).cumsum(0).int()
@@ -132,13 +143,13 @@ class Worker:
             ids = [*beside, "a"]
             counts = [*[1] * len(beside), count]
             lengths = [*[50] * len(beside), done + count]
-            with self.runtime.step(set(), set(), new):
+            with self.step(new=new):
                 metadata = self.runtime.begin_step(self.batch(ids, counts, lengths))
                 mine = self.queries[:, done : done + count]
                 others = torch.randn(LAYERS, len(beside), *mine.shape[2:])
                 self.forward(metadata, torch.cat((others, mine), 1))
             done, new = done + count, []
-        with self.runtime.step(set(), set(), []):
+        with self.step():
             pass
         return self
 
@@ -170,7 +181,7 @@ def answer(graph_tokens, chunks, tokens=150):
     worker.table = torch.randperm(BLOCKS)[:30].int().repeat(8, 1)
     worker.prefill(chunks)
     for length in range(PROMPT + 1, PROMPT + tokens + 1):
-        with worker.runtime.step(set(), set(), []):
+        with worker.step():
             metadata = worker.runtime.begin_step(worker.batch(["a"], [1], [length]))
             worker.forward(metadata, worker.queries[:, length - 1 : length])
     return worker
@@ -203,6 +214,76 @@ def test_answers_are_compressed_where_they_lie(graph_tokens):
     assert (totals["prompts"], totals["segments"]) == (1, 3)
 
 
+class Drafting(Worker):
+    """A worker whose steps of one request write what vLLM would, that of rejected drafts too."""
+
+    def __init__(self, graph_tokens):
+        super().__init__(graph_tokens, segment_tokens=64)
+        self.table = torch.randperm(BLOCKS)[:30].int().repeat(8, 1)
+        self.truth = self.kv_cache.clone()
+        self.kv_cache[self.table[0, -(-PROMPT // BLOCK) :].long()] = torch.nan
+        self.outputs, self.leases_seen = {}, {}
+
+    def decode(self, accepted, rejected=0):
+        """One token, drafts that are accepted, and drafts that are not; each query's outputs."""
+        begin, count = self.computed["a"], 1 + accepted + rejected
+        end, kept = begin + count, begin + 1 + accepted
+        query = self.queries[:, begin:end].clone()
+        query[:, 1 + accepted :] = torch.randn(query[:, 1 + accepted :].shape)
+        with self.step():
+            self._store(begin, end)
+            self.kv_cache[*self._slots(kept, end)] = torch.randn(rejected, LAYERS * HEADS, 2 * SIZE)
+            metadata = self.runtime.begin_step(self.batch(["a"], [count], [end]))
+            assert metadata.prefill is None
+            outputs = torch.stack(self.forward(metadata, query), 1)
+        for token in range(begin, kept):
+            self.outputs[token] = outputs[token - begin]
+            self.leases_seen[token] = len(self.runtime._table["a"].leases)
+        self.computed["a"] = kept
+
+    def _slots(self, begin, end):
+        positions = torch.arange(begin, end)
+        return self.table[0, positions // BLOCK].long(), slice(None), positions % BLOCK
+
+    def _store(self, begin, end):
+        where = self._slots(begin, end)
+        self.kv_cache[*where] = self.truth[*where]
+
+
+@pytest.mark.parametrize("graph_tokens", [0, 8])
+def test_drafts_change_nothing(graph_tokens):
+    """The same leases, byte for byte, and outputs; also where windows hold rejected drafts."""
+    alone, drafting = Drafting(0).prefill([PROMPT]), Drafting(graph_tokens).prefill([PROMPT])
+    segments = list(islice(alone.runtime.policy.plan(PROMPT).segments(), 3))
+    ends = {segment.ripe_at for segment in segments[1:]}
+    choose = random.Random(graph_tokens)
+    while alone.computed["a"] < PROMPT + ANSWER - 10:
+        alone.decode(0)
+    while drafting.computed["a"] < PROMPT + ANSWER - 10:
+        accepted, rejected = choose.choice([(0, 0), (0, DRAFTS), (1, 3), (2, 0), (4, 0)])
+        done = drafting.computed["a"] + 1
+        if end := ends & set(range(done + 1, done + DRAFTS + 1)):
+            # A segment would ripen by drafts alone.
+            ends -= end
+            accepted, rejected = 0, DRAFTS
+        drafting.decode(accepted, rejected)
+    assert not ends
+    for segment in segments:
+        lease = alone.table[0, slice(*segment.lease)].long()
+        mine, expected = (w.kv_cache.view(torch.uint8)[lease] for w in (drafting, alone))
+        assert torch.equal(mine, expected)
+    compared = [
+        token
+        for token in drafting.outputs.keys() & alone.outputs.keys()
+        if drafting.leases_seen[token] == alone.leases_seen[token]
+    ]
+    assert len(compared) > ANSWER / 2
+    for token in compared:
+        torch.testing.assert_close(
+            drafting.outputs[token], alone.outputs[token], atol=1e-4, rtol=1e-3
+        )
+
+
 class CountedParts:
     """Stands for a compressor of 30 layers, one at a time, and for each of its compressions."""
 
@@ -222,28 +303,30 @@ class CountedParts:
         return None
 
 
-def test_segments_that_ripen_together_are_spread_over_steps_and_none_is_late():
-    """Forty answers in lock step: the scheduler counts with SLACK_TOKENS steps."""
+@pytest.mark.parametrize("step_tokens", [1, 5])
+def test_segments_that_ripen_together_are_spread_over_steps_and_none_is_late(step_tokens):
+    """Forty answers in lock step: the scheduler counts with SLACK_TOKENS tokens."""
     policy = Worker(segment_tokens=64).runtime.policy
     segment = next(policy.plan(1).segments())
     parts, finished = [], []
-    runner = CompressionRunner(policy, CountedParts(parts), torch.zeros(1))
+    runner = CompressionRunner(policy, CountedParts(parts), torch.zeros(1), step_tokens)
     runner._tokens = lambda *_: None
     runner._finish = lambda ripe, _: finished.append(ripe.held.computed_tokens)
     requests = [HeldRequest(CompressionRequest(str(i), 1), policy.plan(1)) for i in range(40)]
     for request in requests:
         request.computed_tokens = segment.ripe_at
         request.windows[segment] = None
-        runner.add(request, segment, torch.zeros(1))
+        request.blocks = torch.zeros(segment.loaded_end)
+        runner.add(request, segment)
     most = 0
     while len(finished) < 39:
         before = len(parts)
         runner.run({"3"} if before == 0 else set())
         most = max(most, len(parts) - before)
         for request in requests:
-            request.computed_tokens += 1
-    assert most == -(-39 * 30 // (SLACK_TOKENS + 1))
-    assert max(finished) <= segment.due_at
+            request.computed_tokens += step_tokens
+    assert most == -(-39 * 30 // (-(-SLACK_TOKENS // step_tokens) + 1))
+    assert max(finished) - segment.due_at < step_tokens
     assert len(parts) == 39 * 30
 
 
@@ -252,10 +335,10 @@ def test_a_preempted_request_begins_again():
     held = worker.runtime._table["a"]
     leases = list(held.leases)
     assert len(leases) == 3
-    with worker.runtime.step(set(), {"a"}, []):
+    with worker.step(preempted={"a"}):
         metadata = worker.runtime.begin_step(worker.batch(["a"], [400], [400]))
         assert metadata.decode is None
-    with worker.runtime.step(set(), set(), []):
+    with worker.step():
         held = worker.runtime._table["a"]
         assert held.leases == leases[:2]  # all that is ripe, for its tokens came at once
 
@@ -282,9 +365,7 @@ def test_the_workers_steps_end_prompts_in_inference_mode():
 
     worker.runtime.step = step
     tested._runtime = worker.runtime
-    tested.execute_model(
-        SimpleNamespace(finished_req_ids=set(), preempted_req_ids=None, scheduled_new_reqs=[])
-    )
+    tested.execute_model(SchedulerOutput.make_empty())
     assert inside == [True, True]
 
 
@@ -299,9 +380,9 @@ def test_batch_mates_change_nothing(whole):
 
 def test_a_step_that_graphs_may_replay_keeps_its_queries():
     worker = Worker(graph_tokens=8)
-    with worker.runtime.step(set(), set(), [REQUEST]):
+    with worker.step(new=[REQUEST]):
         assert worker.runtime.begin_step(worker.batch(["a"], [299], [299])).recent == 0
-    with worker.runtime.step(set(), set(), []):
+    with worker.step():
         metadata = worker.runtime.begin_step(worker.batch(["a"], [1], [300]))
     assert metadata.recent == 1
     assert not metadata.captures
@@ -313,7 +394,7 @@ def test_padding_sees_nothing_and_addresses_stay():
     captured = worker.runtime.begin_step(worker.batch([], [], [], padded_to=4)).decode.batch
     assert captured.lengths.tolist() == [0] * 4
     new = [CompressionRequest("b", 40), CompressionRequest("c", 40)]
-    with worker.runtime.step(set(), set(), new):
+    with worker.step(new=new):
         metadata = worker.runtime.begin_step(
             worker.batch(["b", "c"], [1, 1], [41, 55], padded_to=4)
         )
@@ -331,12 +412,13 @@ def test_padding_sees_nothing_and_addresses_stay():
 def test_rehearsals_touch_no_prompt():
     """vLLM runs batches of its own, with rows that look like requests, between two steps."""
     worker = Worker(graph_tokens=8)
-    with worker.runtime.step(set(), set(), [REQUEST]):
+    with worker.step(new=[REQUEST]):
         worker.runtime.begin_step(worker.batch(["a"], [290], [290]))
     metadata = worker.runtime.begin_step(worker.batch(["a"], [10], [300]))
+    worker.computed["a"] = 290
     assert not metadata.captures
     assert metadata.prefill is None
-    with worker.runtime.step(set(), set(), []):
+    with worker.step():
         pass
     assert worker.runtime.totals.prompts == 0
 
@@ -345,10 +427,10 @@ def test_rehearsals_touch_no_prompt():
 def test_who_is_gone_is_not_compressed(finished, preempted):
     worker = Worker()
     before = worker.kv_cache.clone()
-    with worker.runtime.step(set(), set(), [REQUEST]):
+    with worker.step(new=[REQUEST]):
         metadata = worker.runtime.begin_step(worker.batch(["a"], [PROMPT], [PROMPT]))
         worker.forward(metadata, worker.queries[:, :PROMPT])
-    with worker.runtime.step(finished, preempted, []):
+    with worker.step(finished, preempted):
         pass
     assert torch.equal(worker.kv_cache, before)
 
@@ -360,15 +442,15 @@ def test_nothing_on_the_device_is_read():
         worker.table[0, 0].item()
     new = [REQUEST, CompressionRequest("b", 290), CompressionRequest("c", 40)]
     query = torch.randn(LAYERS, PROMPT + 8, HEADS * GROUP, SIZE, device="meta")
-    with worker.runtime.step(set(), set(), new):
+    with worker.step(new=new):
         batch = worker.batch(["c", "b", "a"], [1, 1, 299], [60, 280, 299])
         worker.forward(worker.runtime.begin_step(batch), query)
-    with worker.runtime.step(set(), set(), []):
+    with worker.step():
         batch = worker.batch(["c", "b"], [1, 1], [61, 281], padded_to=4)
         metadata = worker.runtime.begin_step(batch)
         assert metadata.recent == 4
         worker.forward(metadata, query[:, :4])
-    with worker.runtime.step(set(), {"b"}, []):
+    with worker.step(preempted={"b"}):
         # A decode, a chunk, and another decode: their tokens do not lie side by side.
         batch = worker.batch(["c", "a", "c"], [1, 2, 1], [61, 4, 61])
         worker.forward(worker.runtime.begin_step(batch), query[:, :4])
@@ -438,7 +520,7 @@ def test_a_lease_is_counted_while_its_request_lives():
     assert recorder.value(LEASE_BYTES) == lease_blocks * block_bytes
     (request,) = worker.runtime.status()["requests"]
     assert request["prompt_tokens"] == PROMPT
-    with worker.runtime.step({"a"}, set(), []):
+    with worker.step(finished={"a"}):
         pass
     assert recorder.value(LEASE_BYTES) == 0
     assert worker.runtime.status()["requests"] == []
@@ -451,7 +533,7 @@ def test_numbers_that_come_after_a_preemption_count_no_lease(monkeypatch):
         slow.setattr(Stopwatch, "finished", False)  # as a GPU that has not caught up
         worker.prefill([PROMPT])
         assert recorder.value(COMPRESSED_TOKENS, format="i4", part="prompt") == 0
-        with worker.runtime.step(set(), {"a"}, []):
+        with worker.step(preempted={"a"}):
             pass
     assert worker.runtime.status()["totals"]["prompts"] == 1
     assert recorder.value(COMPRESSED_TOKENS, format="i4", part="prompt") > 0
@@ -465,16 +547,16 @@ def test_leases_of_others_are_read():
     worker.prefill([PROMPT])
     (segment,) = worker.runtime.policy.plan(PROMPT).prompt_segments
     end, upto = segment.end_token, PROMPT + 20
-    with worker.runtime.step(set(), set(), []):
+    with worker.step():
         batch = worker.batch(["a"], [20], [upto])
         own = worker.forward(worker.runtime.begin_step(batch), worker.queries[:, PROMPT:upto])
     shared = (SharedSegment(segment.first_block, *segment.lease),)
     other = CompressionRequest("b", PROMPT + 40, shared=shared)
-    with worker.runtime.step({"a"}, set(), [other]):
+    with worker.step(finished={"a"}, new=[other]):
         metadata = worker.runtime.begin_step(worker.batch(["b"], [upto - end], [upto]))
         read = worker.forward(metadata, worker.queries[:, end:upto])
     for mine, its in zip(read, own, strict=True):
         torch.testing.assert_close(mine[PROMPT - end :], its)
     assert worker.runtime.status()["requests"][0]["compressed_segments"] == 1
-    with worker.runtime.step(set(), {"b"}, []):
+    with worker.step(preempted={"b"}):
         assert worker.runtime.status()["requests"][0]["compressed_segments"] == 0

@@ -81,8 +81,8 @@ def _of_drafts(vllm_config: VllmConfig) -> list[str]:
     if drafts.method not in CACHELESS_DRAFTS:
         allowed = ", ".join(CACHELESS_DRAFTS)
         return [
-            f"--speculative-config with method {drafts.method}, whose draft layers would need leases "
-            f"of their own (allowed: {allowed})"
+            f"--speculative-config with method {drafts.method}, whose draft layers would need "
+            f"leases of their own (allowed: {allowed})"
         ]
     if vllm_config.scheduler_config.async_scheduling:
         return [

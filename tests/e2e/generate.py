@@ -1,7 +1,8 @@
 """Run one offline engine in a process of its own: JSON arguments in, JSON result out.
 
 ``{"engine": {...LLM arguments}, "prompts": [[ids]], "budgets": [...], "max_tokens": n,
-"result": path}``; budgets are per prompt, null for the engine's own.
+"result": path}``; budgets are per prompt, null for the engine's own. ``"calls"``, lists of numbers
+of prompts, has them generated one list after the other instead of all at once.
 """
 
 import json
@@ -9,6 +10,13 @@ import sys
 from pathlib import Path
 
 from vllm import LLM, SamplingParams
+
+DRAFTS = ("draft_tokens", "accepted_tokens")
+"""What vLLM counts of drafts."""
+
+
+def metric(llm, name):
+    return sum(m.value for m in llm.get_metrics() if m.name == f"vllm:{name}")
 
 
 def main():
@@ -26,7 +34,14 @@ def main():
         for budget in job["budgets"]
     ]
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    outputs = llm.generate(prompts, parameters, use_tqdm=False)
+    answers, drafts, before = {}, [], [0, 0]
+    for call in job["calls"] or [range(len(prompts))]:
+        some = [prompts[i] for i in call], [parameters[i] for i in call]
+        answers |= zip(call, llm.generate(*some, use_tqdm=False), strict=True)
+        counts = [metric(llm, f"spec_decode_num_{kind}") for kind in DRAFTS]
+        drafts.append([after - count for after, count in zip(counts, before, strict=True)])
+        before = counts
+    outputs = [answers[i] for i in range(len(prompts))]
     result = {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "texts": [o.outputs[0].text for o in outputs],
@@ -38,7 +53,9 @@ def main():
             for o in outputs
         ],
         "runner": "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1",
-        "preemptions": sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        "preemptions": metric(llm, "num_preemptions"),
+        "usage": metric(llm, "kv_cache_usage_perc"),
+        "drafts": drafts,
     }
     if job["engine"].get("attention_backend") == "mixeddim":
         result["ranks"] = llm.collective_rpc("mixeddim_status")

@@ -21,13 +21,16 @@ def prompts(model_folder):
     ]
 
 
-def generate(tmp_path, model, prompts, max_tokens=48, budgets=None, variables=None, **engine):
+def generate(
+    tmp_path, model, prompts, max_tokens=48, budgets=None, variables=None, calls=None, **engine
+):
     result = tmp_path / "result.json"
     job = {
         "engine": {"model": str(model), "dtype": "float32", "max_model_len": 2048, **engine},
         "prompts": prompts,
         "budgets": budgets or [None] * len(prompts),
         "max_tokens": max_tokens,
+        "calls": calls,
         "result": str(result),
     }
     script = Path(__file__).parent / "generate.py"
@@ -39,6 +42,21 @@ def generate(tmp_path, model, prompts, max_tokens=48, budgets=None, variables=No
     return json.loads(result.read_text())
 
 
+def same_but_for_ties(expected, logprobs, answers):
+    """How many answers are the expected ones; others must begin to differ at a tie.
+
+    ``logprobs`` are those of the expected tokens.
+    """
+    same = 0
+    for theirs, mine, probable in zip(expected, answers, logprobs, strict=True):
+        differing = [i for i, (a, b) in enumerate(zip(theirs, mine, strict=True)) if a != b]
+        same += not differing
+        if differing:
+            first, second = probable[differing[0]][:2]
+            assert first - second < 1e-3, f"differs at {differing[0]}, gap {first - second}"
+    return same
+
+
 def test_full_budget_answers_as_stock_does(tmp_path, model_folder, prompts):
     """Greedy and token by token; a difference must be a tie in stock's own probabilities."""
     stock = generate(tmp_path, model_folder, prompts)
@@ -46,16 +64,7 @@ def test_full_budget_answers_as_stock_does(tmp_path, model_folder, prompts):
         tmp_path, model_folder, prompts, attention_backend="mixeddim",
         additional_config={"mixeddim": {"budget": 1.0}},
     )  # fmt: skip
-    same = 0
-    for theirs, mine, logprobs in zip(
-        stock["tokens"], ours["tokens"], stock["logprobs"], strict=True
-    ):
-        differing = [i for i, (a, b) in enumerate(zip(theirs, mine, strict=True)) if a != b]
-        same += not differing
-        if differing:
-            first, second = logprobs[differing[0]][:2]
-            assert first - second < 1e-3, f"differs at {differing[0]}, gap {first - second}"
-    assert same >= len(prompts) - 1
+    assert same_but_for_ties(stock["tokens"], stock["logprobs"], ours["tokens"]) >= len(prompts) - 1
 
 
 def test_preemption_under_a_tiny_cache(tmp_path, model_folder, prompts):

@@ -10,6 +10,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 EVENTS = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,8 @@ def settings(**values):
         (settings(budget=7), "mixeddim.budget is 7"),
         (settings(formats=["r7"]), "multiples of 4"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
-        ({"speculative_config": NGRAM}, "--speculative-config"),
+        ({"speculative_config": DRAFT_MODEL}, "--speculative-config with method draft_model"),
+        ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, "add --no-async-scheduling"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
             {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
@@ -46,6 +48,8 @@ def settings(**values):
     ],
 )
 def test_start_up(model, arguments, named):
+    if arguments.get("speculative_config") is DRAFT_MODEL:
+        arguments = {"speculative_config": DRAFT_MODEL | {"model": model}}
     engine = EngineArgs(model=model, attention_backend="mixeddim", enforce_eager=True, **arguments)
     with pytest.raises(ValueError, match=named.replace(".", r"\.")):
         engine.create_engine_config()
@@ -56,8 +60,9 @@ def test_settings_without_the_backend(model):
         EngineArgs(model=model, enforce_eager=True, **settings(budget=0.3)).create_engine_config()
 
 
-def test_what_is_supported_starts(model):
-    made = EngineArgs(model=model, attention_backend="mixeddim", enforce_eager=True)
+@pytest.mark.parametrize("more", [{}, {"speculative_config": NGRAM}])
+def test_what_is_supported_starts(model, more):
+    made = EngineArgs(model=model, attention_backend="mixeddim", enforce_eager=True, **more)
     assert made.create_engine_config().cache_config.block_size == 16
 
 

@@ -118,13 +118,11 @@ class MixedDimBackend(AttentionBackend):
 class MixedDimMetadataBuilder(AttentionMetadataBuilder[MixedDimMetadata]):
     """Turns vLLM's batch into prefills, decodes and prompts to compress.
 
-    Steps of single tokens can be replayed from CUDA graphs: their grids follow from shapes alone
-    and their numbers lie in buffers that stay.
+    Steps of requests that generate, of as many tokens each, can be replayed from CUDA graphs: their
+    grids follow from shapes alone and their numbers lie in buffers that stay.
     """
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,

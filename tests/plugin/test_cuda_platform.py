@@ -186,3 +186,20 @@ def test_memory_for_reading_leases_back_is_left_out_of_the_cache():
         assert scratch == 2 * ((1 << 20) + 128) * 128 * 2 + rows, scratch
         """
     )
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+def test_steps_of_one_token_and_of_drafts_are_whole_graphs(drafts):
+    from vllm.config import CompilationConfig, CUDAGraphMode
+
+    from mdkv_vllm.plugin.backend import MixedDimMetadataBuilder
+
+    config = CompilationConfig(
+        cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE, cudagraph_capture_sizes=[1, 2, 4, 16],
+        max_cudagraph_capture_size=16,
+    )  # fmt: skip
+    config.set_splitting_ops_for_v1("", 1)
+    support = MixedDimMetadataBuilder.get_cudagraph_support(None, None)
+    mode = config.resolve_cudagraph_mode_and_sizes(support, "mixeddim", drafts + 1)
+    assert mode is CUDAGraphMode.FULL_AND_PIECEWISE
+    assert all(size % (drafts + 1) == 0 for size in config.cudagraph_capture_sizes)

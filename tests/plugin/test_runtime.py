@@ -409,6 +409,30 @@ def test_padding_sees_nothing_and_addresses_stay():
         assert (output[2:] == 0).all()
 
 
+def test_graphs_hold_drafts():
+    """Two requests of three tokens each, padded to four; then one whose drafts are fewer."""
+    worker = Worker(graph_tokens=12)
+    new = [CompressionRequest("b", 40), CompressionRequest("c", 40)]
+    with worker.step(new=new):
+        batch = worker.batch(["b", "c"], [3, 3], [43, 57])
+        batch.num_reqs, batch.num_actual_tokens = 4, 12
+        batch.query_start_loc_cpu = torch.tensor([0, 3, 6, 6, 6]).int()
+        batch.seq_lens_cpu_upper_bound = torch.tensor([43, 57, 0, 0]).int()
+        batch.block_table_tensor = worker.table[:4]
+        metadata = worker.runtime.begin_step(batch)
+        outputs = worker.forward(metadata, torch.randn(LAYERS, 12, HEADS * GROUP, SIZE))
+    assert metadata.recent == 12
+    assert metadata.decode.batch.lengths.tolist() == [41, 42, 43, 55, 56, 57, *[0] * 6]
+    assert metadata.decode.batch.query_rows.tolist() == [0, 0, 0, 1, 1, 1, *[0] * 6]
+    for output in outputs:
+        assert output[:6].isfinite().all()
+        assert (output[6:] == 0).all()
+    with worker.step():
+        metadata = worker.runtime.begin_step(worker.batch(["b", "c"], [2, 1], [45, 58]))
+    assert metadata.recent == 3
+    assert metadata.decode.batch.lengths.tolist() == [44, 45, 58]
+
+
 def test_rehearsals_touch_no_prompt():
     """vLLM runs batches of its own, with rows that look like requests, between two steps."""
     worker = Worker(graph_tokens=8)
@@ -452,8 +476,8 @@ def test_nothing_on_the_device_is_read():
         worker.forward(metadata, query[:, :4])
     with worker.step(preempted={"b"}):
         # A decode, a chunk, and another decode: their tokens do not lie side by side.
-        batch = worker.batch(["c", "a", "c"], [1, 2, 1], [61, 4, 61])
-        worker.forward(worker.runtime.begin_step(batch), query[:, :4])
+        batch = worker.batch(["c", "a", "c"], [1, 6, 1], [61, 8, 61])
+        worker.forward(worker.runtime.begin_step(batch), query[:, :8])
 
 
 def test_warm_up_runs_every_kernel_and_leaves_the_cache_alone():

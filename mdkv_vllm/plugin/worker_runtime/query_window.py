@@ -1,8 +1,8 @@
 """The queries behind segments' boundaries, which score their tokens: captured in two ways.
 
 A step that runs eagerly copies them as its layers run (:class:`.metadata.Capture`). A step of
-single tokens may be replayed from a CUDA graph, and one of them may be in a window: the graph keeps
-the queries of every such step, and the windows' are taken from there after it.
+requests that generate may be replayed from a CUDA graph, and some of its tokens may be in a window:
+the graph keeps the queries of every such step, and the windows' are taken from there after it.
 
 Queries of drafts are captured like others. Where a draft is rejected, the token that stands in its
 place is computed before its segment is ripe, and its query replaces the draft's.
@@ -22,13 +22,14 @@ from mdkv_vllm.policy import Policy
 
 
 @dataclass(frozen=True)
-class _RecentQuery:
-    """A window query that the last step left among its recent ones."""
+class _RecentQueries:
+    """Window queries that the last step left among its recent ones."""
 
     held: HeldRequest
     segment: Segment
     at: int
     token: int
+    count: int
 
 
 class QueryWindow:
@@ -57,7 +58,7 @@ class QueryWindow:
         self._recent = torch.zeros(
             layers, graph_tokens, num_query_heads, head_size, dtype=query_dtype, device=device
         )
-        self._from_recent: list[_RecentQuery] = []
+        self._from_recent: list[_RecentQueries] = []
 
     @property
     def graph_tokens(self) -> int:
@@ -98,7 +99,7 @@ class QueryWindow:
                 held.windows[segment] = torch.zeros(self.shape, dtype=self.dtype, device=device)
             at, token = first - segment.window_start, start + first - context
             if metadata.recent:
-                self._from_recent.append(_RecentQuery(held, segment, at, token))
+                self._from_recent.append(_RecentQueries(held, segment, at, token, last - first))
             else:
                 window = held.windows[segment]
                 metadata.captures.append(Capture(window, at, token, last - first))
@@ -108,5 +109,6 @@ class QueryWindow:
         for query in self._from_recent:
             window = query.held.windows.get(query.segment)
             if window is not None:
-                window[:, :, query.at] = self._recent[:, query.token]
+                recent = self._recent[:, query.token : query.token + query.count]
+                window[:, :, query.at : query.at + query.count] = recent.transpose(1, 2)
         self._from_recent = []

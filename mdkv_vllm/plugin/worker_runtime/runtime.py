@@ -167,7 +167,7 @@ class Runtime:
         in_place = isinstance(decode.tokens, slice)
         rows = query[decode.tokens]
         result = output[decode.tokens] if in_place else torch.empty_like(rows)
-        # A step whose queries are kept is one of single tokens, so all of them are decoded.
+        # Of a step whose queries are kept all tokens are decoded.
         recent = self._window.recent(layer, metadata.recent)
         self._decode.attend(rows, layer, decode.batch, result, recent=recent)
         if not in_place:

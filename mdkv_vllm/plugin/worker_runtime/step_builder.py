@@ -22,11 +22,12 @@ from mdkv_vllm.plugin.worker_runtime.request_table import RequestTable
 class _Step:
     """One step's metadata in the making."""
 
-    def __init__(self, batch: CommonAttentionMetadata, graph_tokens: int) -> None:
+    def __init__(self, batch: CommonAttentionMetadata, limits: StepLimits) -> None:
         self.batch = batch
-        self.single = batch.max_query_len == 1
+        # No row is longer than one of a request that generates: may be replayed from a CUDA graph.
+        self.decodes = batch.max_query_len <= limits.decode_tokens
         self.metadata = MixedDimMetadata()
-        if self.single and batch.num_actual_tokens <= graph_tokens:
+        if self.decodes and batch.num_actual_tokens <= limits.graph_tokens:
             self.metadata.recent = batch.num_actual_tokens
         self.chunks: list[Chunk] = []
         self.tokens: list[int] = []
@@ -80,7 +81,7 @@ class StepBuilder:
         self._prefill = prefill
         self._order = order
         self._device = device
-        self._decode_tokens = limits.decode_tokens
+        self._limits = limits
         self._buffers = StepBuffers(limits, device)
 
     def build(self, batch: CommonAttentionMetadata, stepping: bool) -> MixedDimMetadata:
@@ -90,14 +91,14 @@ class StepBuilder:
             batch: vLLM's.
             stepping: whether its rows are requests; vLLM's warm-up makes them up.
         """
-        step = _Step(batch, self._window.graph_tokens)
+        step = _Step(batch, self._limits)
         starts = batch.query_start_loc_cpu[: batch.num_reqs + 1].tolist()
         assert batch.seq_lens_cpu_upper_bound is not None
         lengths = batch.seq_lens_cpu_upper_bound[: batch.num_reqs].tolist()
         ids = self._order.request_ids(batch)[: batch.num_reqs] if stepping else []
         for row, request_id in enumerate(ids):
             self._add(step, request_id, row, starts[row], starts[row + 1], lengths[row])
-        if step.single:
+        if step.decodes:
             step.pad()
         if step.tokens:
             loaded = self._buffers.load(
@@ -120,8 +121,8 @@ class StepBuilder:
         may_ripen = [one for one in held.unripe(length) if one.ripe_at <= length]
         if may_ripen:
             held.blocks = step.batch.block_table_tensor[row, : may_ripen[-1].loaded_end].clone()
-        most = self._prefill.fewest_tokens - 1 if held.leases else self._decode_tokens
-        if stop - start <= most:
+        fewest = self._prefill.fewest_tokens if held.leases else 0
+        if stop - start < max(fewest, self._limits.decode_tokens + 1):
             step.decode(row, start, stop, context)
         else:
             step.chunks.append(Chunk(start, stop, context, row, tuple(held.leases)))

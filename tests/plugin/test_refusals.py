@@ -10,7 +10,6 @@ from vllm.engine.arg_utils import EngineArgs
 
 EVENTS = KVEventsConfig(enable_kv_cache_events=True, publisher="null")
 NGRAM = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-DRAFT_MODEL = {"method": "draft_model", "num_speculative_tokens": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,6 @@ def settings(**values):
         (settings(budget=7), "mixeddim.budget is 7"),
         (settings(formats=["r7"]), "multiples of 4"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
-        ({"speculative_config": DRAFT_MODEL}, "--speculative-config with method draft_model"),
         ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, "add --no-async-scheduling"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
@@ -48,10 +46,15 @@ def settings(**values):
     ],
 )
 def test_start_up(model, arguments, named):
-    if arguments.get("speculative_config") is DRAFT_MODEL:
-        arguments = {"speculative_config": DRAFT_MODEL | {"model": model}}
     engine = EngineArgs(model=model, attention_backend="mixeddim", enforce_eager=True, **arguments)
     with pytest.raises(ValueError, match=named.replace(".", r"\.")):
+        engine.create_engine_config()
+
+
+def test_drafts_by_layers_of_their_own(model):
+    drafts = {"method": "draft_model", "model": model, "num_speculative_tokens": 2}
+    engine = EngineArgs(model=model, attention_backend="mixeddim", speculative_config=drafts)
+    with pytest.raises(ValueError, match=r"method draft_model.*allowed: ngram"):
         engine.create_engine_config()
 
 

@@ -5,7 +5,7 @@ Scheduler and worker each build one from equal arguments and therefore always ag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from mdkv_vllm.config import PROMPT_BASIS, Budget, ConfigError, MixedDimConfig
@@ -31,7 +31,7 @@ class Policy:
     Attributes:
         config: the settings.
         geometry: the cache's sizes.
-        num_layers: attention layers on this rank.
+        num_layers: attention layers: all of the model, or those of one pipeline stage.
         num_kv_heads: KV heads per layer on this rank.
         head_scores: whether heads have budgets by their scores.
 
@@ -68,6 +68,14 @@ class Policy:
         """What every lease of this model looks like."""
         rank = self.formats.basis_rank if self.prompt_basis else 0
         return LeaseLayout(self.geometry, self.formats, self.num_layers, self.num_kv_heads, rank)
+
+    def of_stage(self, num_layers: int) -> Policy:
+        """The same for some of the layers: a pipeline stage, with leases in a cache of its own.
+
+        What a plan needs of the layout, :attr:`.LeaseLayout.min_blocks`, is the same for any number
+        of layers, so stages plan as the scheduler does.
+        """
+        return replace(self, num_layers=num_layers)
 
     @property
     def answers(self) -> bool:

@@ -29,9 +29,10 @@ class Basis:
         """Columns held."""
         return self.keys.shape[-1]
 
-    def of_heads(self, heads: slice) -> Basis:
-        """The bases of some KV heads of every layer."""
-        return Basis(self.keys[:, heads].contiguous(), self.values[:, heads].contiguous())
+    def of_part(self, layers: slice, heads: slice) -> Basis:
+        """The bases of some KV heads of some layers."""
+        own = layers, heads
+        return Basis(self.keys[own].contiguous(), self.values[own].contiguous())
 
     def to(self, device: torch.device) -> Basis:
         """The same bases on a device."""

@@ -25,9 +25,9 @@ class HeadBudgets:
     share: float
     power: float = 1.0
 
-    def of_heads(self, heads: slice) -> HeadBudgets:
-        """Budgets of some KV heads of every layer, which have a lease of their own."""
-        return replace(self, scores=self.scores[:, heads])
+    def of_part(self, layers: slice, heads: slice) -> HeadBudgets:
+        """Budgets of some KV heads of some layers, which have a lease of their own."""
+        return replace(self, scores=self.scores[layers, heads])
 
     def pages(self, total: int, least: int, most: int) -> torch.Tensor:
         """Divide pages among heads.

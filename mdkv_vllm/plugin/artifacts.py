@@ -31,24 +31,27 @@ class RankArtifacts:
 
         Args:
             policy: the settings applied to the model.
-            vllm_config: names the model and the number of ranks.
+            vllm_config: names the model and the numbers of stages and ranks.
             rank: the worker's number.
 
         Raises:
             ConfigError: a file is missing, or was made for another model.
         """
-        model = vllm_config.model_config
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        total = model.get_total_num_kv_heads()
-        own = heads_of_rank(rank % ranks, ranks, total, policy.num_kv_heads)
-        heads = load_head_budgets(policy.config, model.model, (policy.num_layers, total))
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        ranks = parallel.tensor_parallel_size
+        sizes = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads())
+        layers = slice(*model.get_layers_start_end_indices(parallel))
+        own = layers, heads_of_rank(rank % ranks, ranks, sizes[1], policy.num_kv_heads)
+        heads = load_head_budgets(policy.config, model.model, sizes)
         return cls(
-            _load_basis(policy, model.model, total, own),
-            None if heads is None else heads.of_heads(own),
+            _load_basis(policy, model.model, sizes, own),
+            None if heads is None else heads.of_part(*own),
         )
 
 
-def _load_basis(policy: Policy, model: str, total_heads: int, own: slice) -> Basis | None:
+def _load_basis(
+    policy: Policy, model: str, sizes: tuple[int, int], own: tuple[slice, slice]
+) -> Basis | None:
     formats = policy.formats
     if not formats.uses_basis or policy.prompt_basis:
         return None
@@ -58,8 +61,8 @@ def _load_basis(policy: Policy, model: str, total_heads: int, own: slice) -> Bas
             f"mixeddim.basis: {path} does not exist, and formats {', '.join(formats.names)} "
             "need a basis; make it with 'mdkv calibrate', or set basis to 'prompt'"
         )
-    sizes = (policy.num_layers, total_heads, policy.geometry.head_size)
-    return load_basis(path, model, sizes).of_heads(own).truncate(formats.basis_rank)
+    basis = load_basis(path, model, (*sizes, policy.geometry.head_size))
+    return basis.of_part(*own).truncate(formats.basis_rank)
 
 
 def heads_of_rank(rank: int, ranks: int, total: int, count: int) -> slice:

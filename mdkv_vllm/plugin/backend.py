@@ -94,7 +94,7 @@ class MixedDimBackend(AttentionBackend):
         return MixedDimSpec.of(
             spec,
             config,
-            model.get_num_layers(cls._served.parallel_config),
+            model.get_total_num_hidden_layers(),
             head_scores=config.heads_path(model.model) is not None,
             in_flight_tokens=cls._served.max_in_flight_tokens,
         )

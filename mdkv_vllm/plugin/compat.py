@@ -98,3 +98,21 @@ def asks_no_backend_for_its_block_size(device_type: str) -> bool:
     from mdkv_vllm.plugin.registration import vllm_version
 
     return device_type == "cpu" and vllm_version().startswith("0.32.")
+
+
+def make_stage_input(runner: Any) -> None:  # noqa: ANN401
+    """Make the buffer in which a pipeline stage on CPUs gets what the stage before it computed.
+
+    Private because vLLM makes it in a warm-up of the model, which its CPU build leaves out with
+    ``--enforce-eager``: then the first step fails. Can go when it does not.
+
+    Args:
+        runner: vLLM's model runner, its model loaded.
+    """
+    from vllm.distributed.parallel_state import get_pp_group
+
+    if get_pp_group().is_first_rank or runner.intermediate_tensors is not None:
+        return
+    runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+    )

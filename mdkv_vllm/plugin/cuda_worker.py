@@ -31,7 +31,8 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         takes, for chunks of prompts behind them, lies beside these.
         """
         requested = self.cache_config.kv_cache_memory_bytes
-        policy = policy_of(list(set(self.get_kv_cache_spec().values())))
+        specs = self.get_kv_cache_spec()
+        policy = policy_of(list(set(specs.values())), len(specs))
         size = policy.geometry
         kv_cache = torch.zeros(
             (2, policy.layout.pages_per_block, size.block_size, 2 * size.head_size),

@@ -23,7 +23,7 @@ class MixedDimSpec(FullAttentionSpec):
 
     Attributes:
         config: the settings.
-        num_layers: attention layers on this rank.
+        num_layers: attention layers of the model, those of all pipeline stages together.
         head_scores: whether heads have budgets by their scores.
         in_flight_tokens: that vLLM may have scheduled beyond those known to be computed.
     """

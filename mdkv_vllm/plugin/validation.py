@@ -52,8 +52,6 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, config: MixedD
         problems.append("context parallelism (--decode-context-parallel-size)")
     if parallel.prefill_context_parallel_size > 1:
         problems.append("context parallelism (--prefill-context-parallel-size)")
-    if parallel.pipeline_parallel_size > 1:
-        problems.append("pipeline parallelism (--pipeline-parallel-size)")
     if vllm_config.kv_transfer_config is not None:
         problems.append("KV connectors (--kv-transfer-config)")
     if _sends_events(vllm_config) and model is not None and _shares(config, model.model):

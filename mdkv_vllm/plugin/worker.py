@@ -54,8 +54,9 @@ class MixedDimWorker(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache as vLLM does, then set up the runtime over it."""
         super().initialize_from_config(kv_cache_config)
-        policy = policy_of([group.kv_cache_spec for group in kv_cache_config.kv_cache_groups])
         layers = attention_layers(self.vllm_config)
+        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        policy = policy_of(specs, len(layers))
         kv_cache = kv_cache_of([layer.kv_cache for layer in layers], policy)
         self._runtime = self._make_runtime(policy, kv_cache)
         install_runtime(self._runtime)
@@ -109,7 +110,7 @@ class MixedDimWorker(Worker):
         """As vLLM does it; the requests that it makes up meanwhile are not counted."""
         times = super().compile_or_warm_up_model()
         assert self._runtime is not None
-        start_recording(self.vllm_config, self.rank % self.parallel_config.tensor_parallel_size)
+        start_recording(self.vllm_config, self.rank)
         policy, model = self._runtime.policy, self.vllm_config.model_config
         self._configuration = configuration(policy, model.model)
         heads = model.get_total_num_kv_heads()
@@ -141,11 +142,12 @@ class MixedDimWorker(Worker):
         }
 
 
-def policy_of(specs: list[KVCacheSpec]) -> Policy:
-    """The settings applied to the model, which the layers' one spec carries.
+def policy_of(specs: list[KVCacheSpec], num_layers: int) -> Policy:
+    """The settings applied to a worker's layers, which their one spec carries.
 
     Args:
         specs: of the model's groups of layers.
+        num_layers: attention layers of the worker.
 
     Raises:
         ConfigError: the layers are not all of our kind.
@@ -155,7 +157,7 @@ def policy_of(specs: list[KVCacheSpec]) -> Policy:
             "--attention-backend mixeddim needs one group of full-attention layers; this "
             f"model has {[type(spec).__name__ for spec in specs]}"
         )
-    return specs[0].policy
+    return specs[0].policy.of_stage(num_layers)
 
 
 def step_limits(vllm_config: VllmConfig, policy: Policy) -> StepLimits:

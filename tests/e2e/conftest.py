@@ -15,9 +15,15 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def prepared_model(tmp_path_factory):
+    """The model as it comes."""
+    return prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2")
+
+
+@pytest.fixture(scope="session")
+def model_folder(prepared_model):
     """The model with head scores, so that servers give every head a budget of its own."""
-    folder = prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2")
+    folder = prepared_model
     assert main(["head-scores", str(folder), "--lengths", "512", "--per-length", "6"]) == 0
     return folder
 
@@ -49,7 +55,7 @@ def fast_server(model_folder):
 
 
 @pytest.fixture(scope="session")
-def divisible_model(tmp_path_factory, model_folder):
+def divisible_model(tmp_path_factory, prepared_model):
     """A random model whose heads two ranks can share; the real one has three KV heads."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("divisible")
@@ -59,7 +65,7 @@ def divisible_model(tmp_path_factory, model_folder):
         vocab_size=49152, initializer_range=0.2,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(prepared_model).save_pretrained(folder)
     # The square roots of both ranks' scores (KV heads 0 and 1) sum to 3, so a head's pages do not
     # depend on how many share its lease; but the ranks' scores lie in different heads.
     scores = torch.tensor([[0, 0, 9, 0], [2.25, 0, 0, 0], [1, 1.25, 0, 0]])

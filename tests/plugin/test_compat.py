@@ -63,6 +63,17 @@ def test_who_chooses_the_block_size():
     assert not asks_no_backend_for_its_block_size("cuda")
 
 
+def test_a_pipeline_stage_on_cpus_is_not_warmed_up_where_nothing_is_compiled():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    compiles = inspect.getsource(CPUModelRunner.warming_up_model)
+    assert "mode == CompilationMode.NONE" in compiles, "compat can go"
+    assert "self.model.make_empty_intermediate_tensors(" in inspect.getsource(
+        GPUModelRunner._dummy_run
+    )
+
+
 def test_activations_of_a_step():
     worker = SimpleNamespace()
     assert step_activations(worker, True) == 0  # nothing was profiled

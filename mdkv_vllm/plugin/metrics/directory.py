@@ -50,10 +50,11 @@ def start_recording(vllm_config: VllmConfig, rank: int = 0) -> None:
 
     Args:
         vllm_config: vLLM's configuration.
-        rank: tensor-parallel rank; 0 for the scheduler.
+        rank: the worker's number; 0 for the scheduler.
     """
     folder = os.environ.get(VLLM_DIRECTORY) or os.environ.get(OWN_DIRECTORY)
     parallel = vllm_config.parallel_config
+    stage, rank = divmod(rank, parallel.tensor_parallel_size)
     install_recorder(
         Recorder(
             Path(folder) if folder else None,
@@ -63,6 +64,7 @@ def start_recording(vllm_config: VllmConfig, rank: int = 0) -> None:
             },
             ranks=parallel.tensor_parallel_size,
             rank=rank,
+            stage=stage,
             tracing=vllm_config.observability_config.otlp_traces_endpoint is not None,
         )
     )

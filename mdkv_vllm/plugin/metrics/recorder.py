@@ -26,8 +26,9 @@ class Recorder:
     Args:
         directory: the folder that the API servers read; None to keep values in memory alone.
         labels: ``model_name`` and ``engine``.
-        ranks: tensor-parallel ranks, each of which holds its part of every block.
+        ranks: tensor-parallel ranks of a stage, each of which holds its part of every block.
         rank: this process's number among them.
+        stage: its pipeline stage.
         tracing: whether vLLM exports OpenTelemetry spans.
     """
 
@@ -37,10 +38,11 @@ class Recorder:
         labels: dict[str, str] | None = None,
         ranks: int = 1,
         rank: int = 0,
+        stage: int = 0,
         tracing: bool = False,
     ) -> None:
         self.process_id = os.getpid()
-        self.ranks, self.rank, self.tracing = ranks, rank, tracing
+        self.ranks, self.rank, self.stage, self.tracing = ranks, rank, stage, tracing
         self._directory = directory
         self.labels = labels or {}
         self._files: dict[str, MmapedDict] = {}

@@ -30,8 +30,8 @@ SPAN = "mixeddim.compress"
 class WorkerMetrics:
     """Keeps one worker's numbers.
 
-    Ranks of a tensor-parallel group each count their own heads and bytes; what they all see
-    alike (seconds, the configuration) is counted by the first.
+    Each counts its own layers, heads and bytes; what all workers of an engine see alike (seconds,
+    the configuration) is counted by the first.
 
     Args:
         policy: the settings applied to the model.
@@ -49,7 +49,7 @@ class WorkerMetrics:
     ) -> None:
         self._policy = policy
         self._recorder = recorder or current_recorder()
-        self._first = self._recorder.rank == 0
+        self._first = self._recorder.rank == self._recorder.stage == 0
         self._counts_heads = not _holds_copies(self._recorder, total_kv_heads)
         self._leases: dict[str, tuple[float, float]] = {}
         if self._counts_heads:

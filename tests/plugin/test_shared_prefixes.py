@@ -3,10 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
 from test_manager import BLOCK, BLOCKS, ROLLING, document, make_manager, make_request, spec_for
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash
@@ -131,6 +134,73 @@ def test_salt_and_own_budgets_read_nothing_compressed(manager):
         prefill(manager, request)
         assert not told(request), name
         finish(manager, request)
+
+
+def adapter(name, folder="/adapters/one"):
+    return {"lora_request": LoRARequest(name, 1, folder)}
+
+
+def image(identity, offset=0):
+    place = PlaceholderRange(offset=offset, length=64)
+    return {"mm_features": [MultiModalFeatureSpec(None, "image", identity, place)]}
+
+
+EMBEDDINGS = torch.rand(2, 1000, 8)
+
+
+ALIKE = {
+    "adapter": (adapter("a"), adapter("b")),
+    "folder of an adapter": (adapter("a"), adapter("a", "/adapters/two")),
+    "no adapter": (adapter("a"), {}),
+    "image": (image("cat"), image("dog")),
+    "place of an image": (image("cat"), image("cat", 1)),
+    "no image": (image("cat"), {}),
+    "salt": ({"cache_salt": "a"}, {"cache_salt": "b"}),
+    "no salt": ({"cache_salt": "a"}, {}),
+    "embeddings": ({"prompt_embeds": EMBEDDINGS[0]}, {"prompt_embeds": EMBEDDINGS[1]}),
+}
+"""What may differ between two requests of equal tokens."""
+
+
+@pytest.mark.parametrize("differing", ALIKE)
+def test_equal_tokens_of_different_content_never_share(manager, differing):
+    """In both directions, and each is found by its own like."""
+
+    def make(name, tokens, content):
+        if (embeddings := content.get("prompt_embeds")) is not None:
+            content = {"prompt_embeds": embeddings[: len(tokens)]}
+        return make_request(name, tokens, **content)
+
+    for number, (one, other) in enumerate((ALIKE[differing], ALIKE[differing][::-1])):
+        prompt = [token + 50_000 * number for token in document(0, PROMPT)]
+        first = make(f"first {number}", prompt, one)
+        assert prefill(manager, first) == 0
+        decode(manager, first, 20)
+        finish(manager, first)
+        tokens = [*first.all_token_ids, *document(2, 100)]
+        for name, content, hits in (("same", one, True), ("other", other, False)):
+            request = make(f"{name} {number}", tokens, content)
+            assert bool(prefill(manager, request)) is hits, name
+            assert bool(told(request)) is hits, name
+            finish(manager, request)
+
+
+def test_a_reset_while_requests_run_forgets_everything(manager):
+    """vLLM preempts them all; they are compressed and found again."""
+    begun = first_turn(manager)
+    running = make_request("running", begun + document(2, 100))
+    prefill(manager, running)
+    assert told(running)
+    assert not manager.reset_prefix_cache()
+    finish(manager, running, RequestStatus.PREEMPTED)
+    assert manager.reset_prefix_cache()
+    running.num_computed_tokens = 0
+    assert prefill(manager, running) == 0
+    assert not told(running)
+    decode(manager, running, 20)
+    finish(manager, running)
+    later = make_request("later", [*running.all_token_ids, 5])
+    assert prefill(manager, later) > PROMPT
 
 
 def test_what_an_own_budget_compressed_is_not_published(manager):

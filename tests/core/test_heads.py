@@ -52,7 +52,9 @@ def test_a_lower_power_brings_heads_together():
 def test_heads_of_one_rank_share_its_own_lease():
     budgets = HeadBudgets(torch.tensor([[1.0, 0.0, 3.0, 5.0]]), 1.0)
     assert budgets.of_part(slice(None), slice(2, 4)).pages(80, 0, 1000).tolist() == [[30, 50]]
-    assert budgets.of_part(slice(None), slice(1, 2)).pages(8, 0, 10).tolist() == [[8]]  # no score at all
+    assert budgets.of_part(slice(None), slice(1, 2)).pages(8, 0, 10).tolist() == [
+        [8]
+    ]  # no score at all
 
 
 def test_surplus_of_a_full_head_goes_to_the_others_in_proportion():

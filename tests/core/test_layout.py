@@ -33,6 +33,16 @@ def test_lists_tile_the_lease_without_gaps(layers, heads, names, basis_rank, ext
             expected += fmt.pages(count)
 
 
+@given(st.integers(1, 80), st.integers(1, 8), st.sampled_from([0, 16]))
+def test_plans_do_not_depend_on_how_layers_are_split(layers, heads, basis_rank):
+    """A plan takes nothing of the layout but this: pipeline stages plan as the scheduler does."""
+    geometry = PageGeometry(16, 64, torch.bfloat16)
+    formats = parse_formats(("i2", "i4", "i8", "r16", "r32i8", "full"), geometry)
+    one = LeaseLayout(geometry, formats, 1, 1, basis_rank)
+    layout = LeaseLayout(geometry, formats, layers, heads, basis_rank)
+    assert layout.min_blocks == one.min_blocks
+
+
 def test_page_table_fits_its_pages_and_the_first_block():
     geometry = PageGeometry(16, 64, torch.bfloat16)
     formats = parse_formats(("i2", "i4", "i8", "full"), geometry)

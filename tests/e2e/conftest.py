@@ -30,7 +30,10 @@ def model_folder(prepared_model):
 
 @pytest.fixture(scope="session")
 def server(model_folder):
-    """Prompts of more than 1,024 tokens are prefilled in chunks; the cache is 16-bit if it may."""
+    """Prompts of more than 1,024 tokens are prefilled in chunks; the cache is 16-bit if it may.
+
+    Its prefix cache may be reset.
+    """
     # vLLM 0.33 wants the cache in the model's type.
     cache = ["--kv-cache-dtype=bfloat16"] if vllm_version().startswith("0.32.") else []
     with Server(
@@ -39,7 +42,11 @@ def server(model_folder):
         "--max-model-len=4608",
         "--max-num-batched-tokens=1024",
         "--dtype=float32",
+        "--scheduling-policy=priority",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
         *cache,
+        variables={"VLLM_SERVER_DEV_MODE": "1"},
     ) as running:
         yield running
 

@@ -107,6 +107,21 @@ def test_what_comes_of_prefill_never_sees_compression(ours):
     assert ours["compressed"]["chosen"] in CHOICES
 
 
+def test_urgent_requests_go_first(ask):
+    """Others are preempted for them, and answer as they would have."""
+    done = ask(
+        attention_backend="mixeddim", additional_config={"mixeddim": {"budget": 0.3}},
+        scheduling_policy="priority", num_gpu_blocks_override=110, scheduler_reserve_full_isl=False,
+        max_model_len=1024, max_num_batched_tokens=1024,
+    )  # fmt: skip
+    assert done["preemptions"] > 0
+    assert len(done["answers"]) == 9
+    assert all(len(answer) == 60 for answer in done["answers"].values())
+    assert done["order"][-1].startswith("patient")
+    for name, answer in done["alone"].items():
+        assert done["answers"][name] == answer, name
+
+
 def test_adapters_never_share_leases(ours):
     """Answers are those that each gives under a salt of its own, though all second turns read
     compressed prefixes."""

@@ -1,5 +1,6 @@
 """What clients of the server rely on, with compression in force."""
 
+import json
 import random
 import threading
 import time
@@ -85,6 +86,66 @@ def test_sampling_features(server, prompt):
     assert "5162" not in stopped["text"]
 
 
+def test_beams_and_priorities(server, prompt):
+    """Of a beam search the answers are those of a full cache."""
+    beams = server.complete(prompt, max_tokens=6, n=2, use_beam_search=True)["choices"]
+    assert len({beam["text"] for beam in beams}) == 2
+    assert beams[0]["text"].strip().startswith("4815")
+    assert "4815162" in server.text(prompt, max_tokens=12, priority=-5)
+
+
+SHELF = {
+    "type": "object",
+    "properties": {"item": {"type": "integer"}, "shelf": {"enum": ["top", "middle", "bottom"]}},
+    "required": ["item", "shelf"],
+    "additionalProperties": False,
+}
+
+
+def test_grammars_and_tools(server):
+    facts = " ".join(f"Item {i} is stored on shelf {i * 7 % 50}." for i in range(60))
+    asked = {
+        "messages": [{"role": "user", "content": f"{facts} Where is item 7?"}],
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+
+    def message(**fields):
+        status, answer = server.post("/v1/chat/completions", **asked, **fields)
+        assert status == 200, answer
+        return answer["choices"][0]["message"]
+
+    schema = {"type": "json_schema", "json_schema": {"name": "shelf", "schema": SHELF}}
+    assert set(json.loads(message(response_format=schema)["content"])) == {"item", "shelf"}
+    function = {"name": "look", "description": "Look at a shelf.", "parameters": SHELF}
+    tools = [{"type": "function", "function": function}]
+    choice = {"type": "function", "function": {"name": "look"}}
+    (call,) = message(tools=tools, tool_choice=choice)["tool_calls"]
+    assert set(json.loads(call["function"]["arguments"])) == {"item", "shelf"}
+    assert message(tools=tools, tool_choice="auto")["role"] == "assistant"
+
+
+def test_a_reset_while_requests_run(server, prompt):
+    """They begin again, and nothing of what was compressed before is found."""
+    body = {"prompt": prompt, "cache_salt": "reset", "max_tokens": 100, "ignore_eos": True}
+    answers = []
+    running = threading.Thread(target=lambda: answers.append(server.text(**body)))
+    running.start()
+    deadline = time.monotonic() + 60
+    while not server.metric("mixeddim:lease_bytes") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert server.post("/reset_prefix_cache") == (200, {"success": False})
+    status, answer = server.post("/reset_prefix_cache?reset_running_requests=true")
+    assert (status, answer) == (200, {"success": True})
+    running.join()
+    assert "4815162" in answers[0]
+    assert server.post("/reset_prefix_cache") == (200, {"success": True})
+    before = server.metric("vllm:prefix_cache_hits_total")
+    assert "4815162" in server.text(**body)
+    assert server.metric("vllm:prefix_cache_hits_total") == before
+    assert server.metric("mixeddim:full_bytes") == 0
+
+
 def test_budget_in_tokens(server, prompt):
     status, _ = server.post(
         "/v1/completions", prompt=prompt, max_tokens=2, cache_salt="tokens",
@@ -161,8 +222,6 @@ def test_32_mixed_requests_with_aborts_leave_nothing_behind(server, model_folder
 
 def abandon(server, body):
     """Read one event of a stream and hang up."""
-    import json
-
     request = urllib.request.Request(
         f"{server.url}/v1/completions",
         json.dumps({"model": "model", **body}).encode(),

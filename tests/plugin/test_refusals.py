@@ -37,7 +37,7 @@ def settings(**values):
         (settings(formats=["r7"]), "multiples of 4"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculative_config": NGRAM | {"method": "ngram_gpu"}}, "add --no-async-scheduling"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"speculative_config": NGRAM, "pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         (
             {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
             "--kv-transfer-config",

@@ -40,7 +40,7 @@ def main():
         answer = llm.generate([prompt], params, use_tqdm=False)[0]
         return list(answer.outputs[0].token_ids), answer.num_cached_tokens
 
-    result = {"full": [ask(first, TEXT, 1.0)[0] for first in (0, 1)]}
+    result = {"full": [ask(first, TEXT, 1.0, salt="full")[0] for first in (0, 1)]}
     if job["engine"].get("attention_backend") == "mixeddim":
         for name, salts in (("shared", [None, None]), ("alone", ["first", "second"])):
             for text in (TEXT, TEXT + MORE):

@@ -107,37 +107,37 @@ class Modes:
         return chats
 
     def urgent(self):
-        """Three urgent requests come while others, some at full budget, fill a tiny cache."""
-        engine, finished = self.llm.llm_engine, {}
+        """Urgent requests come while others, at full budget, fill a tiny cache."""
+        engine, finished, length = self.llm.llm_engine, {}, 120
 
-        def add(name, number, priority, budget):
+        def add(name, number, priority, budget=None):
             extra = {"mixeddim_budget": budget} if budget else None
-            params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, extra_args=extra)
+            params = SamplingParams(
+                temperature=0, max_tokens=length, ignore_eos=True, extra_args=extra
+            )
             prompt = {"prompt_token_ids": tokens(500, number), "cache_salt": name}
             engine.add_request(name, prompt, params, priority=priority)
 
         def step():
             for output in engine.step():
                 if output.finished:
-                    finished[output.request_id] = list(output.outputs[0].token_ids)
+                    name = output.request_id.split("-")[0]
+                    finished[name] = list(output.outputs[0].token_ids)
 
         for number in range(6):
-            add(f"patient {number}", number, 10 - number, 1.0 if number % 2 else None)
+            add(f"patient {number}", number, 10 - number, 1.0)
         for _ in range(12):
             step()
-        before = len(finished)
         for number in range(6, 9):
-            add(f"urgent {number}", number, -1, None)
+            add(f"urgent {number}", number, -1)
         while engine.has_unfinished_requests():
             step()
         metrics = self.llm.get_metrics()
         alone = {
-            f"patient {number}": self.answer(tokens(500, number), budget=1.0, max_tokens=60)
-            for number in (1, 3, 5)
+            f"patient {number}": self.answer(tokens(500, number), budget=1.0, max_tokens=length)
+            for number in range(6)
         }
         return {
-            "order": list(finished),
-            "before": before,
             "answers": finished,
             "alone": alone,
             "preemptions": sum(m.value for m in metrics if m.name == "vllm:num_preemptions"),

@@ -254,6 +254,26 @@ def collector():
         http.shutdown()
 
 
+def test_two_engines_on_one_machine(divisible_model):
+    """Each schedules and compresses by itself; whichever server answers has the numbers of both."""
+    with Server(
+        divisible_model, {"budget": 0.4}, "--data-parallel-size=2", "--max-model-len=2048",
+        variables={"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_SERVER_DEV_MODE": "1"},
+    ) as server:  # fmt: skip
+        finish(send(server, [700] * 6, max_tokens=24))
+        scrape = ServerAddress(server.url).scrape()
+        done = [
+            scrape.total("mixeddim:prompts_compressed_total", engine=engine)
+            for engine in ("0", "1")
+        ]
+        assert sum(done) == 6
+        assert min(done) > 0
+        for name in ("full_bytes", "kept_bytes", "lease_bytes"):
+            wait_until(lambda name=name: server.metric(f"mixeddim:{name}") == 0)
+        assert server.metric("mixeddim:config_info") == 2
+        assert server.post("/reset_prefix_cache") == (200, {"success": True})
+
+
 def test_two_ranks_behind_two_api_servers(divisible_model, collector):
     """Exact from whichever process answers; counted once, not per rank; the key is asked for."""
     traces, spans = collector

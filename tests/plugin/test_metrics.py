@@ -48,8 +48,8 @@ REPORT = CompressionReport(
 )
 
 
-def worker(folder=None, rank=0, ranks=1, kv_heads=2, tracing=False, labels=LABELS):
-    recorder = Recorder(folder, labels, ranks, rank, tracing)
+def worker(folder=None, rank=0, ranks=1, kv_heads=2, tracing=False, labels=LABELS, stage=0):
+    recorder = Recorder(folder, labels, ranks, rank, tracing, stage)
     return recorder, WorkerMetrics(POLICY, configuration(POLICY, "/nowhere"), kv_heads, recorder)
 
 
@@ -75,13 +75,15 @@ def value(folder, name, **labels):
     return served(folder).get((name, *sorted((LABELS | labels).items())))
 
 
-def record_one(folder, rank, ranks, kv_heads, labels=LABELS):
-    worker(folder, rank, ranks, kv_heads, labels=labels)[1].record_compression(REPORT)
+def record_one(folder, rank, ranks, kv_heads, labels=LABELS, stage=0):
+    one = worker(folder, rank, ranks, kv_heads, labels=labels, stage=stage)[1]
+    one.record_compression(REPORT)
 
 
-def test_ranks_add_up_their_heads_and_bytes_but_not_their_seconds(tmp_path):
+@pytest.mark.parametrize("second", [(1, 2, 4, LABELS), (0, 2, 4, LABELS, 1)], ids=["rank", "stage"])
+def test_workers_add_up_heads_and_bytes_but_not_seconds(tmp_path, second):
     record_one(tmp_path, 0, 2, 4)
-    in_another_process(record_one, tmp_path, 1, 2, 4)
+    in_another_process(record_one, tmp_path, *second)
     assert value(tmp_path, "mixeddim:compressed_tokens_total", format="i4", part="prompt") == 800
     assert value(tmp_path, "mixeddim:lease_bytes") == 2 * 3 * 4 * POLICY.geometry.page_bytes
     assert value(tmp_path, "mixeddim:compression_seconds_count") == 1

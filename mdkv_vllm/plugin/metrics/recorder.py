@@ -28,8 +28,8 @@ class Recorder:
         labels: ``model_name`` and ``engine``.
         ranks: tensor-parallel ranks of a stage, each of which holds its part of every block.
         rank: this process's number among them.
-        stage: its pipeline stage.
         tracing: whether vLLM exports OpenTelemetry spans.
+        stage: this process's pipeline stage.
     """
 
     def __init__(
@@ -38,8 +38,8 @@ class Recorder:
         labels: dict[str, str] | None = None,
         ranks: int = 1,
         rank: int = 0,
-        stage: int = 0,
         tracing: bool = False,
+        stage: int = 0,
     ) -> None:
         self.process_id = os.getpid()
         self.ranks, self.rank, self.stage, self.tracing = ranks, rank, stage, tracing

@@ -87,6 +87,8 @@ def _of_drafts(vllm_config: VllmConfig) -> list[str]:
             "--speculative-config under asynchronous scheduling, which counts drafts before they "
             "are accepted (add --no-async-scheduling)"
         ]
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return ["--speculative-config beside --pipeline-parallel-size, which is not tested"]
     return []
 
 

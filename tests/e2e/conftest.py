@@ -1,7 +1,10 @@
 """A real server of the real model, shared by the tests of this folder."""
 
+import os
+
 import pytest
 import torch
+from filelock import FileLock
 from serving import Server, fast_dtype
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -15,17 +18,31 @@ pytest.importorskip("vllm")
 
 
 @pytest.fixture(scope="session")
-def prepared_model(tmp_path_factory):
-    """The model as it comes."""
-    return prepare_smollm2(tmp_path_factory.mktemp("model") / "SmolLM2")
+def for_all(tmp_path_factory):
+    """A folder of all processes that run tests, and a lock for who puts something into it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return folder, FileLock(folder / "lock")
 
 
 @pytest.fixture(scope="session")
-def model_folder(prepared_model):
+def prepared_model(for_all):
+    """The model as it comes, or with head scores by then."""
+    folder, lock = for_all
+    model = folder / "SmolLM2"
+    with lock:
+        return model if model.exists() else prepare_smollm2(model)
+
+
+@pytest.fixture(scope="session")
+def model_folder(prepared_model, for_all):
     """The model with head scores, so that servers give every head a budget of its own."""
-    folder = prepared_model
-    assert main(["head-scores", str(folder), "--lengths", "512", "--per-length", "6"]) == 0
-    return folder
+    with for_all[1]:
+        if not (prepared_model / HEADS_FILE).exists():
+            arguments = ["head-scores", str(prepared_model), "--lengths", "512"]
+            assert main([*arguments, "--per-length", "6"]) == 0
+    return prepared_model
 
 
 @pytest.fixture(scope="session")

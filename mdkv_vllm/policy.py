@@ -34,6 +34,7 @@ class Policy:
         num_layers: attention layers: all of the model, or those of one pipeline stage.
         num_kv_heads: KV heads per layer on this rank.
         head_scores: whether heads have budgets by their scores.
+        other_layers: whether layers that nobody compresses have blocks of their own.
 
     Raises:
         ConfigError: segments are not of whole blocks.
@@ -44,6 +45,7 @@ class Policy:
     num_layers: int
     num_kv_heads: int
     head_scores: bool = False
+    other_layers: bool = False
 
     def __post_init__(self) -> None:
         block, segment = self.geometry.block_size, self.config.segment_tokens
@@ -84,8 +86,12 @@ class Policy:
 
     @property
     def shares(self) -> bool:
-        """See :meth:`.MixedDimConfig.shares_prefixes`."""
-        return self.config.shares_prefixes(self.head_scores)
+        """See :meth:`.MixedDimConfig.shares_prefixes`.
+
+        Not where other layers would have to hold just as much of a prefix, which vLLM lets a
+        manager neither ask nor tell.
+        """
+        return not self.other_layers and self.config.shares_prefixes(self.head_scores)
 
     def plan_request(self, request: CompressionRequest) -> RequestPlan | SkipReason:
         """Plan a request's segments, or say why it has none."""

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from mdkv_vllm.config import MixedDimConfig
-from mdkv_vllm.plugin.kv_cache import store_tokens
+from mdkv_vllm.plugin.kv_cache import attention_layers, every_layer, store_tokens
 from mdkv_vllm.plugin.registration import BACKEND_NAME, DEFAULT_BLOCK_SIZE
 from mdkv_vllm.plugin.validation import refuse_layer, refuse_spec
 from mdkv_vllm.plugin.worker_runtime.metadata import MixedDimMetadata
@@ -90,12 +90,15 @@ class MixedDimBackend(AttentionBackend):
         refuse_spec(spec)
         assert cls._served is not None, "the worker names its configuration first"
         config = MixedDimConfig.from_additional_config(cls._served.additional_config)
-        model = cls._served.model_config
+        model, ours = cls._served.model_config, attention_layers(cls._served)
+        stages = cls._served.parallel_config.pipeline_parallel_size
         return MixedDimSpec.of(
             spec,
             config,
-            model.get_total_num_hidden_layers(),
+            # A stage sees its own layers alone; all of them are full attention where there are stages.
+            model.get_total_num_hidden_layers() if stages > 1 else len(ours),
             head_scores=config.heads_path(model.model) is not None,
+            other_layers=len(ours) < len(every_layer(cls._served)),
             in_flight_tokens=cls._served.max_in_flight_tokens,
         )
 

@@ -13,3 +13,7 @@ class MixedDimCudaPlatform(MixedDimPlatform, CudaPlatform):
     """The CUDA platform plus ``--attention-backend mixeddim``."""
 
     worker_class: ClassVar[str] = "mdkv_vllm.plugin.cuda_worker.MixedDimCudaWorker"
+    # Of vLLM's, the one that looks at nothing outside of a window: what lies there may be a lease.
+    windowed_backend: ClassVar[str] = (
+        "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+    )

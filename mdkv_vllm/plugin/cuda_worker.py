@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.v1.worker.gpu_worker import Worker
 
 from mdkv_vllm.plugin.compat import step_activations
+from mdkv_vllm.plugin.kv_cache import attention_layers
 from mdkv_vllm.plugin.prefill.head_calls import scratch_bytes
 from mdkv_vllm.plugin.worker import MixedDimWorker, policy_of
 from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
@@ -31,8 +32,8 @@ class MixedDimCudaWorker(MixedDimWorker, Worker):
         takes, for chunks of prompts behind them, lies beside these.
         """
         requested = self.cache_config.kv_cache_memory_bytes
-        specs = self.get_kv_cache_spec()
-        policy = policy_of(list(set(specs.values())), len(specs))
+        specs = self.get_kv_cache_spec().values()
+        policy = policy_of(specs, len(attention_layers(self.vllm_config)))
         size = policy.geometry
         kv_cache = torch.zeros(
             (2, policy.layout.pages_per_block, size.block_size, 2 * size.head_size),

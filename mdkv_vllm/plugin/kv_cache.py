@@ -8,17 +8,32 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.v1.kv_cache_interface import KVCacheSpec, UniformTypeKVCacheSpecs
 
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.plugin.compat import cache_scales
+from mdkv_vllm.plugin.registration import BACKEND_NAME
 from mdkv_vllm.policy import Policy
 
 
-def attention_layers(vllm_config: VllmConfig) -> list[Attention]:
-    """The model's attention layers, in the order of their place in the cache."""
+def layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
+    """Specs of a group's layers; where these differ, vLLM wraps them."""
+    if isinstance(spec, UniformTypeKVCacheSpecs):
+        return list(spec.kv_cache_specs.values())
+    return [spec]
+
+
+def every_layer(vllm_config: VllmConfig) -> list[Attention]:
+    """The model's attention layers, those with sliding windows included."""
     context = vllm_config.compilation_config.static_forward_context
-    layers = [layer for layer in context.values() if isinstance(layer, Attention)]
-    return sorted(layers, key=lambda layer: layer.kv_cache.data_ptr())
+    return [layer for layer in context.values() if isinstance(layer, Attention)]
+
+
+def attention_layers(vllm_config: VllmConfig) -> list[Attention]:
+    """The layers whose blocks may be leases, in the order of their place in the cache."""
+    layers = every_layer(vllm_config)
+    ours = [layer for layer in layers if layer.attn_backend.get_name() == BACKEND_NAME]
+    return sorted(ours, key=lambda layer: layer.kv_cache.data_ptr())
 
 
 def kv_cache_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from vllm.v1.core.block_pool import BlockPool
@@ -30,6 +30,9 @@ from mdkv_vllm.request import CompressionRequest, with_shared, without_compressi
 class MixedDimManager(FullAttentionManager):
     """Full attention whose compressed segments give blocks back in mid-request."""
 
+    _of_pool: ClassVar[WeakValueDictionary[int, MixedDimManager]] = WeakValueDictionary()
+    """By the identity of the block pool, which each keeps alive."""
+
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init__(kv_cache_spec, **kwargs)
         self._policy = kv_cache_spec.policy
@@ -45,6 +48,7 @@ class MixedDimManager(FullAttentionManager):
         self._shared = SharedPrefixes(self.block_pool, self.kv_cache_group_id, self.block_size)
         self._seen: WeakValueDictionary[int, Request] = WeakValueDictionary()
         self._metrics = SchedulerMetrics(self._policy)
+        self._of_pool[id(self.block_pool)] = self
 
     def plan_of(self, request: Request) -> RequestPlan | SkipReason:
         """The plan of a request, or why it stays uncompressed."""
@@ -134,46 +138,65 @@ class MixedDimManager(FullAttentionManager):
             return SkipReason.SHARED_BLOCKS  # a lease may not be written into blocks of others
         return plan
 
-    def find_longest_cache_hit(  # type: ignore[override]
-        self,
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
         block_hashes: BlockHashList,
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: BlockPool,
-        kv_cache_spec: KVCacheSpec,
+        *arguments: Any,  # noqa: ANN401
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Find the longest cached prefix: segments of others, or full-size blocks.
 
         These end before the request's own first lease. Segments are read where they reach further.
+        With several groups, vLLM has the others find as much or less, and cuts ours to that.
+        """
+        manager = cls._of_pool[id(block_pool)]  # of several groups, vLLM asks the class
+        full_size, tokens = super().find_longest_cache_hit(
+            block_hashes,
+            manager._most_at_full_size(block_hashes, max_length),
+            kv_cache_group_ids,
+            block_pool,
+            *arguments,
+            **kwargs,
+        )
+        shared = manager._find_shared(block_hashes, max_length)
+        if len(shared) * manager.block_size <= tokens:
+            return full_size, tokens
+        return (shared,), len(shared) * manager.block_size
 
-        vLLM calls this on the instance for models of one cache group, with the request's
-        hashes but not the request. A request met for the first time asks for its whole
+    def _resumed(self, block_hashes: BlockHashList) -> Request | None:
+        """The request with these hashes, if it was met before."""
+        request = self._seen.get(id(block_hashes))
+        return request if request is not None and request.block_hashes is block_hashes else None
+
+    def _most_at_full_size(self, block_hashes: BlockHashList, max_length: int) -> int:
+        """Tokens before a request's first lease, known by its hashes.
+
+        A request met for the first time asks for its whole
         prompt less one token; one that was preempted asks for more, and is known by its
         hashes. Budgets above the server's default read no prefix cache at all (see
         :mod:`mdkv_vllm.plugin.validation`), so the default plan is the widest to expect.
         """
-        request = self._seen.get(id(block_hashes))
-        if request is not None and request.block_hashes is block_hashes:
-            # The worker remembers it, and is not told anew of leases that it may share.
+        if request := self._resumed(block_hashes):
             plan = self._policy.plan_request(replace(_parse(request), shared=()))
         else:
-            request, plan = None, self._policy.plan(max_length + 1)
-        full_size, tokens = super().find_longest_cache_hit(
-            block_hashes,
-            self._before_leases(plan, max_length),
-            kv_cache_group_ids,
-            block_pool,
-            kv_cache_spec,
-            **kwargs,
-        )
-        if not self._shares or request is not None:
-            return full_size, tokens
+            plan = self._policy.plan(max_length + 1)
+        return self._before_leases(plan, max_length)
+
+    def _find_shared(self, block_hashes: BlockHashList, max_length: int) -> list[KVCacheBlock]:
+        """Segments of others that a request begins with.
+
+        None where it was met before: the worker remembers it, and is not told anew of leases that
+        it may share.
+        """
+        if not self._shares or self._resumed(block_hashes):
+            return []
         blocks = self._shared.find(block_hashes, max_length)
         self._metrics.published(self._shared.published, self._shared.evicted)
-        if len(blocks) * self.block_size <= tokens:
-            return full_size, tokens
-        return (blocks,), len(blocks) * self.block_size
+        return blocks
 
     def get_num_blocks_to_allocate(  # type: ignore[override]
         self,

@@ -29,6 +29,8 @@ class MixedDimPlatform(Platform):
     """Any platform of vLLM's plus ``--attention-backend mixeddim``."""
 
     worker_class: ClassVar[str]
+    windowed_backend: ClassVar[str]
+    """What attends in layers with sliding windows: vLLM's own, whose blocks may have been leases."""
     _request_config: ClassVar[MixedDimConfig | None] = None
     _served: ClassVar[VllmConfig | None] = None
 
@@ -37,14 +39,20 @@ class MixedDimPlatform(Platform):
         """Our backend's class where it is selected, else vLLM's choice."""
         if not is_mixeddim(selected_backend):
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)
-        from mdkv_vllm.plugin.backend import MixedDimBackend
+        from vllm.utils.import_utils import resolve_obj_by_qualname
 
-        reasons = MixedDimBackend.validate_configuration(
+        windowed = attn_selector_config.has_sliding_window
+        chosen = cls.windowed_backend if windowed else BACKEND_CLASS
+        backend = resolve_obj_by_qualname(chosen)
+        reasons = backend.validate_configuration(
             **attn_selector_config._asdict(), device_capability=cls.get_device_capability()
         )
         if reasons:
-            raise ConfigError(f"--attention-backend mixeddim cannot run here: {'; '.join(reasons)}")
-        return BACKEND_CLASS
+            where = f", layers with sliding windows by {backend.get_name()}" if windowed else ""
+            raise ConfigError(
+                f"--attention-backend mixeddim cannot run here{where}: {'; '.join(reasons)}"
+            )
+        return chosen
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:

@@ -23,21 +23,30 @@ class MixedDimSpec(FullAttentionSpec):
 
     Attributes:
         config: the settings.
-        num_layers: attention layers of the model, those of all pipeline stages together.
+        num_layers: full-attention layers of the model, those of all pipeline stages together.
         head_scores: whether heads have budgets by their scores.
+        other_layers: whether layers with sliding windows have blocks of their own.
         in_flight_tokens: that vLLM may have scheduled beyond those known to be computed.
     """
 
     config: MixedDimConfig
     num_layers: int
     head_scores: bool
+    other_layers: bool
     in_flight_tokens: int
 
     @property
     def policy(self) -> Policy:
         """The settings applied to this model."""
         geometry = PageGeometry(self.block_size, self.head_size, self.dtype)
-        return Policy(self.config, geometry, self.num_layers, self.num_kv_heads, self.head_scores)
+        return Policy(
+            self.config,
+            geometry,
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_scores,
+            self.other_layers,
+        )
 
     @classmethod
     def of(
@@ -48,6 +57,7 @@ class MixedDimSpec(FullAttentionSpec):
         *,
         head_scores: bool,
         in_flight_tokens: int,
+        other_layers: bool = False,
     ) -> Self:
         """Extend vLLM's own spec of a layer."""
         inherited = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec)}
@@ -56,6 +66,7 @@ class MixedDimSpec(FullAttentionSpec):
             config=config,
             num_layers=num_layers,
             head_scores=head_scores,
+            other_layers=other_layers,
             in_flight_tokens=in_flight_tokens,
         )
 
@@ -70,13 +81,10 @@ class MixedDimSpec(FullAttentionSpec):
         """One spec for a group of layers, which must all be alike.
 
         Raises:
-            ValueError: they are not; leases need one page size in every layer.
+            AssertionError: they are not, as vLLM expects it to tell groups apart.
         """
         if any(spec != specs[0] for spec in specs):
-            raise ValueError(
-                "mixeddim needs the same KV heads and head size in every attention layer; "
-                "this model's layers differ"
-            )
+            raise AssertionError("layers that differ have no spec in common")
         return specs[0]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
 from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from mdkv_vllm.config import REQUEST_BUDGET, Budget, ConfigError, MixedDimConfig, request_budget
 from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
@@ -40,13 +42,8 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, config: MixedD
         problems.append("models with multi-head latent attention (MLA)")
     if model is not None and model.is_hybrid:
         problems.append("hybrid models with state-space layers")
-    if model is not None and getattr(model.hf_text_config, "sliding_window", None):
-        layer_types = getattr(model.hf_text_config, "layer_types", None) or ["sliding_attention"]
-        uses = getattr(model.hf_text_config, "use_sliding_window", True)
-        if uses and "sliding_attention" in layer_types:
-            problems.append(
-                "models with sliding-window layers (disable with --disable-sliding-window)"
-            )
+    if model is not None and model.attention_chunk_size is not None:
+        problems.append("models with chunked attention (Llama 4)")
     problems += _of_drafts(vllm_config)
     if parallel.decode_context_parallel_size > 1:
         problems.append("context parallelism (--decode-context-parallel-size)")
@@ -177,6 +174,55 @@ def refuse_spec(spec: KVCacheSpec) -> None:
         )
 
 
+def refuse_layers(specs: Iterable[KVCacheSpec], one_group: bool | None) -> None:
+    """Raise where a model's layers do not go together.
+
+    Args:
+        specs: of the layers.
+        one_group: whether vLLM was told to keep all layers in one group.
+
+    Raises:
+        ConfigError: saying why.
+    """
+    ours, windowed = [], []
+    for spec in specs:
+        (windowed if isinstance(spec, SlidingWindowSpec) else ours).append(spec)
+    if not ours:
+        raise ConfigError(
+            "--attention-backend mixeddim: every layer of this model has a sliding window, so there "
+            "is nothing to compress; leave the flag out, or give --disable-sliding-window, with "
+            "which the context is as long as the window at most"
+        )
+    if any(spec != ours[0] for spec in ours):
+        raise ConfigError(
+            "--attention-backend mixeddim needs the same KV heads and head size in every "
+            "full-attention layer; this model's differ"
+        )
+    if windowed and one_group:
+        raise ConfigError(
+            "--attention-backend mixeddim does not support --disable-hybrid-kv-cache-manager with "
+            "models that have sliding-window layers"
+        )
+
+
+def refuse_groups(groups: Sequence[Sequence[KVCacheSpec]]) -> None:
+    """Raise where vLLM has divided a model's layers so that leases do not fit.
+
+    Args:
+        groups: the specs of each group's layers.
+
+    Raises:
+        ConfigError: saying how.
+    """
+    ours = [group for group in groups if not isinstance(group[0], SlidingWindowSpec)]
+    if len(ours) > 1:
+        raise ConfigError(
+            "--attention-backend mixeddim needs all full-attention layers in one group; vLLM has "
+            f"divided this model's among {len(ours)}, as it does where fewer layers have sliding "
+            "windows"
+        )
+
+
 @dataclass(frozen=True)
 class Room:
     """What a request may take.
@@ -201,9 +247,24 @@ class Room:
         if cache.num_gpu_blocks:
             # Of all engines together; one block is vLLM's null block, which is never lent.
             blocks = cache.num_gpu_blocks // parallel.data_parallel_size - 1
-            tokens = blocks * cache.block_size
+            tokens = (blocks - _most_in_windows(vllm_config, config)) * cache.block_size
         model = vllm_config.model_config
         return cls(on_gpu, tokens, model.max_model_len, _shares(config, model.model))
+
+
+def _most_in_windows(vllm_config: VllmConfig, config: MixedDimConfig) -> int:
+    """Blocks that layers with sliding windows may hold of one request, or some more.
+
+    They are what vLLM counts for the longest request, less what compression keeps of it at least.
+    """
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if model.get_sliding_window() is None or not cache.kv_cache_max_concurrency:
+        return 0
+    assert cache.num_gpu_blocks is not None
+    engines = vllm_config.parallel_config.data_parallel_size
+    counted = cache.num_gpu_blocks // engines / cache.kv_cache_max_concurrency
+    kept = config.default_budget.share_of(model.max_model_len) * model.max_model_len
+    return math.ceil(counted - kept // cache.block_size)
 
 
 def admit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,13 +23,14 @@ from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
-from mdkv_vllm.plugin.kv_cache import attention_layers, kv_cache_of
+from mdkv_vllm.plugin.kv_cache import attention_layers, kv_cache_of, layer_specs
 from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.directory import start_recording
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.rows import batch_order, computed_tokens, new_requests
 from mdkv_vllm.plugin.spec import MixedDimSpec
+from mdkv_vllm.plugin.validation import refuse_groups, refuse_layers
 from mdkv_vllm.plugin.worker_runtime.metadata import StepLimits
 from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
 from mdkv_vllm.policy import Policy
@@ -49,14 +52,17 @@ class MixedDimWorker(Worker):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Specs of the model's layers, as vLLM asks for them before it sizes the cache."""
         MixedDimBackend.serve(self.vllm_config)
-        return super().get_kv_cache_spec()
+        specs = super().get_kv_cache_spec()
+        refuse_layers(specs.values(), self.scheduler_config.disable_hybrid_kv_cache_manager)
+        return specs
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache as vLLM does, then set up the runtime over it."""
         super().initialize_from_config(kv_cache_config)
+        groups = [layer_specs(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+        refuse_groups(groups)
         layers = attention_layers(self.vllm_config)
-        specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-        policy = policy_of(specs, len(layers))
+        policy = policy_of(chain(*groups), len(layers))
         kv_cache = kv_cache_of([layer.kv_cache for layer in layers], policy)
         self._runtime = self._make_runtime(policy, kv_cache)
         install_runtime(self._runtime)
@@ -142,22 +148,15 @@ class MixedDimWorker(Worker):
         }
 
 
-def policy_of(specs: list[KVCacheSpec], num_layers: int) -> Policy:
-    """The settings applied to a worker's layers, which their one spec carries.
+def policy_of(specs: Iterable[KVCacheSpec], num_layers: int) -> Policy:
+    """The settings applied to a worker's full-attention layers, whose specs carry them.
 
     Args:
-        specs: of the model's groups of layers.
-        num_layers: attention layers of the worker.
-
-    Raises:
-        ConfigError: the layers are not all of our kind.
+        specs: of the worker's layers.
+        num_layers: full-attention layers of the worker.
     """
-    if len(specs) != 1 or not isinstance(specs[0], MixedDimSpec):
-        raise ConfigError(
-            "--attention-backend mixeddim needs one group of full-attention layers; this "
-            f"model has {[type(spec).__name__ for spec in specs]}"
-        )
-    return specs[0].policy.of_stage(num_layers)
+    policy = next(spec.policy for spec in specs if isinstance(spec, MixedDimSpec))
+    return policy.of_stage(num_layers)
 
 
 def step_limits(vllm_config: VllmConfig, policy: Policy) -> StepLimits:
@@ -184,6 +183,7 @@ def describe(policy: Policy, heads: HeadBudgets | None) -> str:
         heads: how heads share a lease's pages; None for evenly by layer.
     """
     config = policy.config
+    beside = ", layers with sliding windows apart at full size" if policy.other_layers else ""
     if not config.enabled:
         return "compression is off (enabled: false)"
     budget = (

@@ -13,4 +13,4 @@ class MixedDimCpuPlatform(MixedDimPlatform, CpuPlatform):
     """The CPU platform plus ``--attention-backend mixeddim``."""
 
     worker_class: ClassVar[str] = "mdkv_vllm.plugin.cpu_worker.MixedDimCpuWorker"
-    windowed_backend: ClassVar[str] = "mdkv_vllm.plugin.windowed.WindowedCpuBackend"
+    windowed_backend: ClassVar[str] = "mdkv_vllm.plugin.cpu_windowed.WindowedCpuBackend"

@@ -50,6 +50,16 @@ class MixedDimManager(FullAttentionManager):
         self._metrics = SchedulerMetrics(self._policy)
         self._of_pool[id(self.block_pool)] = self
 
+    @classmethod
+    def of_pool(cls, block_pool: BlockPool) -> MixedDimManager:
+        """The manager whose blocks come from a pool; there is one for each."""
+        return cls._of_pool[id(block_pool)]
+
+    def before_leases(self, request: Request, tokens: int) -> int:
+        """Of so many tokens of a request, those before the first lease that it ever has."""
+        resident = self._residents.get(request.request_id)
+        return self._before_leases(resident.plan if resident else self.plan_of(request), tokens)
+
     def plan_of(self, request: Request) -> RequestPlan | SkipReason:
         """The plan of a request, or why it stays uncompressed."""
         return self._policy.plan_request(_parse(request))
@@ -153,7 +163,7 @@ class MixedDimManager(FullAttentionManager):
         These end before the request's own first lease. Segments are read where they reach further.
         With several groups, vLLM has the others find as much or less, and cuts ours to that.
         """
-        manager = cls._of_pool[id(block_pool)]  # of several groups, vLLM asks the class
+        manager = cls.of_pool(block_pool)  # of several groups, vLLM asks the class
         full_size, tokens = super().find_longest_cache_hit(
             block_hashes,
             manager._most_at_full_size(block_hashes, max_length),

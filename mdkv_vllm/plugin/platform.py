@@ -82,9 +82,9 @@ class MixedDimPlatform(Platform):
         """Make the lease manager known to the engine core."""
         super().register_custom_kv_cache_specs(vllm_config)
         from mdkv_vllm.plugin.metrics.directory import start_recording
-        from mdkv_vllm.plugin.spec import register_spec
+        from mdkv_vllm.plugin.spec import register_specs
 
-        register_spec()
+        register_specs()
         if mixeddim_selected(vllm_config):
             start_recording(vllm_config)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Self
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from mdkv_vllm.config import MixedDimConfig
 from mdkv_vllm.core.formats import PageGeometry
 from mdkv_vllm.plugin.manager import MixedDimManager
+from mdkv_vllm.plugin.windowed import WindowedManager, WindowedSpec
 from mdkv_vllm.policy import Policy
 
 if TYPE_CHECKING:
@@ -88,8 +89,11 @@ class MixedDimSpec(FullAttentionSpec):
         return specs[0]
 
 
-def register_spec() -> None:
-    """Tell vLLM which manager serves :class:`MixedDimSpec`; idempotent."""
+def register_specs() -> None:
+    """Tell vLLM which managers serve our specs; idempotent."""
     KVCacheSpecRegistry.register(
         MixedDimSpec, MixedDimManager, uniform_type_base_spec=FullAttentionSpec
+    )
+    KVCacheSpecRegistry.register(
+        WindowedSpec, WindowedManager, uniform_type_base_spec=SlidingWindowSpec
     )

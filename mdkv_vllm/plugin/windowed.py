@@ -1,55 +1,51 @@
-"""Layers with sliding windows on a CPU: vLLM's own attention, in blocks that may have been leases.
+"""Blocks of layers with sliding windows, which a model has beside those whose blocks are leases.
 
-Their blocks are vLLM's own, at full size, and few: what lies before the window is given back.
+They are vLLM's own at full size: what lies before the window is given back, and found by the next
+request with the same prefix as long as nobody else has taken it.
 """
 
 from __future__ import annotations
 
-import torch
-from vllm.v1.attention.backend import MultipleOf
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
-from vllm.v1.kv_cache_layout import KVCacheLayout
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+from vllm.v1.request import Request
+
+from mdkv_vllm.plugin.manager import MixedDimManager
 
 
-class WindowedCpuBackend(CPUAttentionBackend):
-    """vLLM's CPU attention over the cache's layout and block sizes.
-
-    Its kernel takes both, but vLLM declares only what it uses itself.
-    """
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        """Any multiple of 16 tokens."""
-        return [MultipleOf(16)]
+@dataclass(frozen=True, kw_only=True)
+class WindowedSpec(SlidingWindowSpec):
+    """A layer with a sliding window beside layers whose blocks are leases."""
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """That of the layers beside."""
-        return (KVCacheLayout.BLHNC,)
-
-    @staticmethod
-    def get_impl_cls() -> type[WindowedCpuImpl]:
-        """The layer's implementation."""
-        return WindowedCpuImpl
+    def of(cls, spec: SlidingWindowSpec) -> Self:
+        """Extend vLLM's own spec of a layer."""
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(SlidingWindowSpec)})
 
 
-class WindowedCpuImpl(CPUAttentionBackendImpl):
-    """One layer's attention."""
+class WindowedManager(SlidingWindowManager):
+    """vLLM's own, that hashes no token computed behind a lease.
 
-    def do_kv_cache_update(
+    What such a token is depends on what was kept of those before it; a hash says nothing of that.
+    """
+
+    def cache_blocks(
         self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
     ) -> None:
-        """Write new keys and values, ``[tokens, kv_heads, head_size]``.
-
-        The kernel multiplies whole blocks before it masks, and bytes of a lease may be no numbers:
-        a block is cleared when its first token comes.
-        """
-        block_size = kv_cache.shape[2]
-        first = slot_mapping[slot_mapping % block_size == 0]
-        kv_cache[first // block_size] = 0
-        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        """Hash the request's full blocks, but none from its first lease on."""
+        leases = MixedDimManager.of_pool(self.block_pool)
+        super().cache_blocks(
+            request,
+            leases.before_leases(request, num_tokens),
+            retention_interval,
+            replay_boundaries=replay_boundaries,
+        )

@@ -10,7 +10,7 @@ import torch
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -31,6 +31,7 @@ from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.rows import batch_order, computed_tokens, new_requests
 from mdkv_vllm.plugin.spec import MixedDimSpec
 from mdkv_vllm.plugin.validation import refuse_groups, refuse_layers
+from mdkv_vllm.plugin.windowed import WindowedSpec
 from mdkv_vllm.plugin.worker_runtime.metadata import StepLimits
 from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
 from mdkv_vllm.policy import Policy
@@ -54,7 +55,10 @@ class MixedDimWorker(Worker):
         MixedDimBackend.serve(self.vllm_config)
         specs = super().get_kv_cache_spec()
         refuse_layers(specs.values(), self.scheduler_config.disable_hybrid_kv_cache_manager)
-        return specs
+        return {
+            name: WindowedSpec.of(spec) if isinstance(spec, SlidingWindowSpec) else spec
+            for name, spec in specs.items()
+        }
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache as vLLM does, then set up the runtime over it."""

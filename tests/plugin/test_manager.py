@@ -44,34 +44,39 @@ from mdkv_vllm.plugin.metrics.table import (
     SEGMENTS_COMPRESSED,
 )
 from mdkv_vllm.plugin.shared_prefixes import shared_segments
-from mdkv_vllm.plugin.spec import MixedDimSpec, register_spec
+from mdkv_vllm.plugin.spec import MixedDimSpec, register_specs
 from mdkv_vllm.plugin.validation import Room, admit
+from mdkv_vllm.plugin.windowed import WindowedSpec
 
 BLOCK, LAYERS, BLOCKS, IN_FLIGHT = 16, 2, 64, 500
+SIZES = {"block_size": BLOCK, "num_kv_heads": 2, "head_size": 64, "dtype": torch.bfloat16}
 BLOCK_BYTES = LAYERS * 2 * BLOCK * 2 * 64 * 2
 CONFIG = MixedDimConfig(budget=0.4, window=8, min_prompt_tokens=48, segment_tokens=128)
 NO_SAVING = MixedDimConfig(formats=("full",), window=8, min_prompt_tokens=48)
 ROLLING = MixedDimConfig(
     budget=0.3, window=8, min_prompt_tokens=48, segment_tokens=96, segments="rolling"
 )
-register_spec()
+register_specs()
 init_none_hash(sha256)
 
 
 def spec_for(config=CONFIG):
-    full = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.bfloat16)
+    full = FullAttentionSpec(**SIZES)
     return MixedDimSpec.of(full, config, LAYERS, head_scores=True, in_flight_tokens=IN_FLIGHT)
 
 
-def make_manager(caching=True, config=CONFIG):
-    spec = spec_for(config)
-    layers = [f"layer{i}" for i in range(LAYERS)]
-    page = spec.page_size_bytes
-    tensor = KVCacheTensor(page * LAYERS * BLOCKS, layers, page, page * LAYERS)
-    kv_config = KVCacheConfig(BLOCKS, [tensor], [KVCacheGroupSpec(layers, spec)])
+def make_manager(caching=True, config=CONFIG, windows=()):
+    ours = replace(spec_for(config), other_layers=bool(windows))
+    specs = [ours, *(WindowedSpec(sliding_window=window, **SIZES) for window in windows)]
+    page, tensors, groups = ours.page_size_bytes, [], []
+    for number, spec in enumerate(specs):
+        layers = [f"layer{LAYERS * number + i}" for i in range(LAYERS)]
+        tensors.append(KVCacheTensor(page * LAYERS * BLOCKS, layers, page, page * LAYERS))
+        groups.append(KVCacheGroupSpec(layers, spec))
     return KVCacheManager(
-        kv_config,
+        KVCacheConfig(BLOCKS, tensors, groups),
         max_model_len=4096,
+        max_in_flight_tokens=IN_FLIGHT,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
         enable_caching=caching,
@@ -98,11 +103,12 @@ class LeaseLife(RuleBasedStateMachine):
     caching = True
     config = CONFIG
     admitted_by = CONFIG
+    windows = ()
 
     def __init__(self):
         super().__init__()
-        self.manager = make_manager(self.caching, self.config)
-        self.single = self.manager.coordinator.single_type_managers[0]
+        self.manager = make_manager(self.caching, self.config, self.windows)
+        self.single, *self.beside = self.manager.coordinator.single_type_managers
         self.pool = self.manager.block_pool
         self.waiting, self.running = [], []
         self.memory: dict[int, object] = {}
@@ -113,7 +119,7 @@ class LeaseLife(RuleBasedStateMachine):
         self.ripe: list[tuple[Request, Segment]] = []
         self.count = 0
         self.admitted: dict[str, Request] = {}
-        self.hits = 0
+        self.hits = self.windowed_hits = 0
 
     @rule(
         which=st.integers(0, 2),
@@ -132,6 +138,7 @@ class LeaseLife(RuleBasedStateMachine):
         self.manager.new_step_starts()
         hits, num_hit, _ = self.manager.get_computed_blocks(request)
         self._check_hits(request, hits.blocks[0])
+        self._check_windows(request, hits.blocks[1:], num_hit)
         chunk = min(chunk, request.num_tokens - num_hit)
         if self.manager.allocate_slots(request, chunk, num_hit, hits) is None:
             return
@@ -160,6 +167,20 @@ class LeaseLife(RuleBasedStateMachine):
         if not shared:
             for index, block in enumerate(blocks):
                 assert self.memory[block.block_id] == tokens[: (index + 1) * BLOCK]
+
+    def _check_windows(self, request, groups, num_hit):
+        """What other layers found ends where our hit ends, and holds all that they will see.
+
+        None of it was computed behind a lease.
+        """
+        tokens = tuple(request.all_token_ids)
+        for window, blocks in zip(self.windows, groups, strict=True):
+            assert len(blocks) * BLOCK == num_hit
+            for index, block in enumerate(blocks):
+                if (index + 1) * BLOCK > num_hit - window + 1:
+                    held = self.memory[block.block_id]
+                    assert held == ("window", window, tokens[: (index + 1) * BLOCK], False)
+            self.windowed_hits += bool(num_hit)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), chunk=st.integers(1, 300), early=st.integers(0, 3))
@@ -247,6 +268,10 @@ class LeaseLife(RuleBasedStateMachine):
             assert index >= behind, "written into a lease"
             upto = min((index + 1) * BLOCK, after)
             self.memory[block.block_id] = tokens[:upto]
+            for manager, window in zip(self.beside, self.windows, strict=True):
+                block = manager.req_to_blocks[request.request_id][index]
+                assert not block.is_null
+                self.memory[block.block_id] = ("window", window, tokens[:upto], behind > 0)
         accepted = [token for token in drafts if token == 7]
         request.num_computed_tokens = after - len(drafts) + len(accepted)
         request.append_output_token_ids(accepted)
@@ -302,9 +327,10 @@ class LeaseLife(RuleBasedStateMachine):
     def no_leak_and_no_double_use(self):
         held = {}
         for request in self.running:
-            for block in self.single.req_to_blocks[request.request_id]:
-                if not block.is_null:
-                    held.setdefault(block.block_id, []).append(request.request_id)
+            for manager in (self.single, *self.beside):
+                for block in manager.req_to_blocks[request.request_id]:
+                    if not block.is_null:
+                        held.setdefault(block.block_id, []).append(request.request_id)
         assert self.pool.get_num_free_blocks() == BLOCKS - 1 - len(held)
         for block_id, owners in held.items():
             assert self.pool.blocks[block_id].ref_cnt == len(owners)
@@ -376,6 +402,17 @@ class LeaseLifeRolling(LeaseLife):
     config = admitted_by = ROLLING
 
 
+class LeaseLifeBesideWindows(LeaseLife):
+    """Other layers have blocks of their own in the same pool, with two sizes of windows."""
+
+    windows = (40, 64)
+
+
+class LeaseLifeRollingBesideWindows(LeaseLife):
+    config = admitted_by = ROLLING
+    windows = (40,)
+
+
 class LeaseLifeOptIn(LeaseLife):
     """Nothing is compressed but what asks for it."""
 
@@ -402,12 +439,16 @@ TestLeaseLife = LeaseLife.TestCase
 TestLeaseLife.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLeaseLifeWithoutPrefixCache = LeaseLifeWithoutPrefixCache.TestCase
 TestLeaseLifeRolling = LeaseLifeRolling.TestCase
+TestLeaseLifeBesideWindows = LeaseLifeBesideWindows.TestCase
+TestLeaseLifeRollingBesideWindows = LeaseLifeRollingBesideWindows.TestCase
 TestLeaseLifeOptIn = LeaseLifeOptIn.TestCase
 TestLeaseLifeByTokens = LeaseLifeByTokens.TestCase
 TestLeaseLifeAdmittedByAnother = LeaseLifeAdmittedByAnother.TestCase
 for case in (
     TestLeaseLifeWithoutPrefixCache,
     TestLeaseLifeRolling,
+    TestLeaseLifeBesideWindows,
+    TestLeaseLifeRollingBesideWindows,
     TestLeaseLifeOptIn,
     TestLeaseLifeByTokens,
     TestLeaseLifeAdmittedByAnother,

@@ -30,7 +30,7 @@ class MixedDimPlatform(Platform):
 
     worker_class: ClassVar[str]
     windowed_backend: ClassVar[str]
-    """What attends in layers with sliding windows: vLLM's own, whose blocks may have been leases."""
+    """vLLM's own, for layers with sliding windows, whose blocks may have been leases before."""
     _request_config: ClassVar[MixedDimConfig | None] = None
     _served: ClassVar[VllmConfig | None] = None
 

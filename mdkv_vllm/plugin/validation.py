@@ -184,21 +184,20 @@ def refuse_layers(specs: Iterable[KVCacheSpec], one_group: bool | None) -> None:
     Raises:
         ConfigError: saying why.
     """
-    ours, windowed = [], []
-    for spec in specs:
-        (windowed if isinstance(spec, SlidingWindowSpec) else ours).append(spec)
+    kinds = list(specs)
+    ours = [spec for spec in kinds if not isinstance(spec, SlidingWindowSpec)]
     if not ours:
         raise ConfigError(
-            "--attention-backend mixeddim: every layer of this model has a sliding window, so there "
-            "is nothing to compress; leave the flag out, or give --disable-sliding-window, with "
-            "which the context is as long as the window at most"
+            "--attention-backend mixeddim: every layer of this model has a sliding window, so "
+            "there is nothing to compress; leave the flag out, or give --disable-sliding-window, "
+            "with which the context is as long as the window at most"
         )
     if any(spec != ours[0] for spec in ours):
         raise ConfigError(
             "--attention-backend mixeddim needs the same KV heads and head size in every "
             "full-attention layer; this model's differ"
         )
-    if windowed and one_group:
+    if len(ours) < len(kinds) and one_group:
         raise ConfigError(
             "--attention-backend mixeddim does not support --disable-hybrid-kv-cache-manager with "
             "models that have sliding-window layers"

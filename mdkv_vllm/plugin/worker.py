@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec, SlidingWindow
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from mdkv_vllm.config import EVEN_HEADS, ConfigError
+from mdkv_vllm.config import COMPRESSED, EVEN_HEADS, ConfigError
 from mdkv_vllm.core.compress import Compressor
 from mdkv_vllm.core.heads import HeadBudgets
 from mdkv_vllm.core.losses import LOSSES
@@ -187,7 +187,6 @@ def describe(policy: Policy, heads: HeadBudgets | None) -> str:
         heads: how heads share a lease's pages; None for evenly by layer.
     """
     config = policy.config
-    beside = ", layers with sliding windows apart at full size" if policy.other_layers else ""
     if not config.enabled:
         return "compression is off (enabled: false)"
     budget = (
@@ -202,7 +201,7 @@ def describe(policy: Policy, heads: HeadBudgets | None) -> str:
     return (
         f"{budget}, {by_head}, formats {', '.join(policy.formats.names)}, "
         f"loss {config.loss}, window {config.window}, prompts from "
-        f"{config.min_prompt_tokens} tokens, {_segments(policy)}, pages of "
+        f"{config.min_prompt_tokens} tokens, {_segments(policy)}, {_prefixes(policy)}, pages of "
         f"{policy.geometry.page_bytes} bytes"
     )
 
@@ -223,3 +222,10 @@ def _segments(policy: Policy) -> str:
         Rule.AUTO: f"prompts beyond {AUTO_PROMPT_TOKENS}",
     }[Rule(config.segments)]
     return f"{prompts} and answers in segments of {config.segment_tokens}"
+
+
+def _prefixes(policy: Policy) -> str:
+    """What requests read of each other, in words."""
+    if policy.other_layers:
+        return "prefixes shared at full size (layers with sliding windows have no leases)"
+    return f"prefixes shared {COMPRESSED if policy.shares else 'at full size'}"

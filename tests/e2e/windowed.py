@@ -1,7 +1,7 @@
 """Engines in this process, one after the other: what each answers, and how exact its decode is.
 
 JSON arguments in, JSON result out: ``{"runs": {name: {...LLM arguments}}, "prompts": [[ids]],
-"max_tokens": n, "result": path}``.
+"max_tokens": n, "result": path}``. Of an engine that is refused, the reason is what comes out.
 """
 
 import gc
@@ -13,6 +13,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+from mdkv_vllm.config import ConfigError
 from mdkv_vllm.kernels.interface import DecodeConfig
 from mdkv_vllm.kernels.reference import ReferenceDecode
 from mdkv_vllm.plugin.worker_runtime.runtime import current_runtime
@@ -53,14 +54,15 @@ def answers(llm, prompts, max_tokens):
         temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=2, detokenize=False
     )
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    steps = [o.outputs[0].logprobs for o in outputs]
     return {
         "tokens": [list(o.outputs[0].token_ids) for o in outputs],
         "logprobs": [
-            [sorted((p.logprob for p in step.values()), reverse=True) for step in o.outputs[0].logprobs]
-            for o in outputs
+            [sorted((p.logprob for p in step.values()), reverse=True) for step in answer]
+            for answer in steps
         ],
         "cached": [o.num_cached_tokens for o in outputs],
-    }  # fmt: skip
+    }
 
 
 def run(engine, prompts, max_tokens):
@@ -88,7 +90,10 @@ def main():
     job = json.loads(sys.argv[1])
     results = {}
     for name, engine in job["runs"].items():
-        results[name] = run(engine, job["prompts"], job["max_tokens"])
+        try:
+            results[name] = run(engine, job["prompts"], job["max_tokens"])
+        except ConfigError as error:
+            results[name] = str(error)
         gc.collect()
         cleanup_dist_env_and_memory()
     Path(job["result"]).write_text(json.dumps(results))

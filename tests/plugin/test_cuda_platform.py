@@ -83,6 +83,10 @@ def test_platform_and_worker():
         with_capability(9, 0)
         name = "mdkv_vllm.plugin.backend.MixedDimBackend"
         assert Platform.get_attn_backend_cls(ours, layer) == name
+        windowed = Platform.get_attn_backend_cls(ours, layer._replace(has_sliding_window=True))
+        assert windowed.endswith("TritonAttentionBackend")
+        # Of the cache's layouts it takes the one that leases need.
+        assert resolve_obj_by_qualname(windowed).supported_kv_cache_layouts() is None
         with_capability(7, 0)
         assert "compute capability" in refusal(lambda: Platform.get_attn_backend_cls(ours, layer))
         """

@@ -562,3 +562,29 @@ def test_what_a_compression_gives_back_is_counted():
     assert current_recorder().value(KEPT_BYTES) == (20 - returned) * BLOCK_BYTES
     bucket = {"sample": "mixeddim:prompt_budget_bucket", "le": "0.5"}
     assert current_recorder().value(PROMPT_BUDGET, **bucket) == 1
+
+
+def test_hits_agree_with_what_layers_with_windows_still_have():
+    manager = make_manager(windows=(40,))
+    first = make_request("a", document(0, 320))
+    first_lease = spec_for().policy.plan(320).first_lease_block
+    run_prompt(manager, first)
+    for computed in range(320, 400):
+        first.append_output_token_ids([7])
+        assert manager.allocate_slots(first, 1)
+        first.num_computed_tokens = computed + 1
+    ours, beside = (
+        blocks.req_to_blocks["a"] for blocks in manager.coordinator.single_type_managers
+    )
+    assert sum(not block.is_null for block in beside) <= 4
+    assert all(block.block_hash is None for block in ours[first_lease:] + beside[first_lease:])
+    second = make_request("b", document(0, 320))
+    hits, num_hit, _ = manager.get_computed_blocks(second)
+    assert num_hit == first_lease * BLOCK
+    needed = -(-39 // BLOCK)
+    assert [block.is_null for block in hits.blocks[1]] == [True] * (first_lease - needed) + [
+        False
+    ] * needed
+    # Once the window's blocks there are others', the prefix is found up to where it has them.
+    manager.block_pool.evict_blocks({hits.blocks[1][-1].block_id})
+    assert manager.get_computed_blocks(second)[1] == (first_lease - 1) * BLOCK

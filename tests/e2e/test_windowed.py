@@ -1,0 +1,127 @@
+"""Models with sliding windows in some layers or all: tiny random ones of real architectures."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from serving import environment
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+
+pytestmark = pytest.mark.server
+SIZES = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "sliding_window": 100, "initializer_range": 0.2,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+PROMPTS = (60, 300, 700, 1100)
+
+
+def gemma3(folder):
+    """Three layers in four have a window; queries and keys are normed, rotations differ."""
+    config = Gemma3TextConfig(
+        num_hidden_layers=8, query_pre_attn_scalar=16,
+        layer_types=[*["sliding_attention"] * 3, "full_attention"] * 2, **SIZES,
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+
+
+def mistral(folder):
+    """Every layer has a window."""
+    MistralForCausalLM(MistralConfig(num_hidden_layers=2, **SIZES)).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What every engine answers, or why it does not start, all in one process."""
+    torch.manual_seed(0)
+    tmp = tmp_path_factory.mktemp("windowed")
+    for make in (gemma3, mistral):
+        make(tmp / make.__name__)
+    random.seed(1)
+    stock = {"model": str(tmp / "gemma3"), "max_model_len": 1536}
+    ours = {**stock, "attention_backend": "mixeddim"}
+    runs = {
+        "stock": stock,
+        "whole": ours | settings(budget=1.0),
+        "quarter": ours | settings(budget=0.25),
+        # Prompts and answers are compressed in pieces, in a cache that is too small for all.
+        "tight": ours
+        | settings(budget=0.25, segments="rolling", segment_tokens=128)
+        | {"num_gpu_blocks_override": 115, "max_num_batched_tokens": 128}
+        | {"scheduler_reserve_full_isl": False},
+        "every layer": ours | {"model": str(tmp / "mistral")},
+        "one group": ours | {"disable_hybrid_kv_cache_manager": True},
+    }
+    job = {
+        "runs": runs,
+        "prompts": [[random.randrange(3, 500) for _ in range(count)] for count in PROMPTS],
+        "max_tokens": 200,
+        "result": str(tmp / "result.json"),
+    }
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / "windowed.py"), json.dumps(job)],
+        env={**environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True, text=True, timeout=800, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return json.loads((tmp / "result.json").read_text())
+
+
+def settings(**values):
+    return {"additional_config": {"mixeddim": values}}
+
+
+def test_full_budget_answers_as_stock_does(results):
+    """A difference must be a tie in stock's own probabilities."""
+    stock, ours = results["stock"], results["whole"]
+    for theirs, mine, logprobs in zip(
+        stock["tokens"], ours["tokens"], stock["logprobs"], strict=True
+    ):
+        assert len(set(theirs)) > 20, "an answer that repeats itself shows nothing"
+        differing = [i for i, (a, b) in enumerate(zip(theirs, mine, strict=True)) if a != b]
+        if differing:
+            first, second = logprobs[differing[0]][:2]
+            assert first - second < 1e-3, f"differs at {differing[0]}, gap {first - second}"
+    same = sum(a == b for a, b in zip(stock["tokens"], ours["tokens"], strict=True))
+    assert same >= len(PROMPTS) - 1
+
+
+@pytest.mark.parametrize("name", ["quarter", "tight"])
+def test_decode_equals_the_reference_over_the_same_leases(results, name):
+    """And what leases leave in blocks does no harm in layers with windows."""
+    run = results[name]
+    assert run["behind_leases"] > 100
+    assert run["worst"] < 1e-3
+    assert all(logprob <= 0 for answer in run["logprobs"] for step in answer for logprob in step)
+    long = [one for one in run["status"]["recent"] if one["prompt_tokens"] == PROMPTS[-1]]
+    assert all(one["kept_share"] < 0.36 for one in long)
+    assert bool(long)
+
+
+def test_requests_are_preempted_and_resumed(results):
+    assert results["tight"]["preemptions"] > 0, "the cache was not tight enough to test anything"
+    assert results["quarter"]["preemptions"] == 0
+
+
+def test_a_prompt_is_found_again_up_to_its_lease(results):
+    whole, quarter = results["whole"], results["quarter"]
+    assert whole["again"]["cached"] == [1088]
+    assert 16 * 40 < quarter["again"]["cached"][0] < 1088
+    for run in (whole, quarter):
+        assert run["again"]["tokens"][0] == run["tokens"][-1]
+    assert quarter["status"]["configuration"]["shared_prefixes"] == "full"
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("every layer", "every layer of this model has a sliding window"),
+        ("one group", "--disable-hybrid-kv-cache-manager"),
+    ],
+)
+def test_what_is_refused(results, name, why):
+    assert why in results[name]

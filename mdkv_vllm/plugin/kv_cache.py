@@ -8,7 +8,7 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.kv_cache_interface import KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, UniformTypeKVCacheSpecs
 
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.plugin.compat import cache_scales
@@ -16,11 +16,11 @@ from mdkv_vllm.plugin.registration import BACKEND_NAME
 from mdkv_vllm.policy import Policy
 
 
-def layer_specs(spec: KVCacheSpec) -> list[KVCacheSpec]:
+def layer_specs(group: KVCacheGroupSpec) -> list[KVCacheSpec]:
     """Specs of a group's layers; where these differ, vLLM wraps them."""
-    if isinstance(spec, UniformTypeKVCacheSpecs):
-        return list(spec.kv_cache_specs.values())
-    return [spec]
+    if isinstance(group.kv_cache_spec, UniformTypeKVCacheSpecs):
+        return list(group.kv_cache_spec.kv_cache_specs.values())
+    return [group.kv_cache_spec] * len(group.layer_names)
 
 
 def every_layer(vllm_config: VllmConfig) -> list[Attention]:

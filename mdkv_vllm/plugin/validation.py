@@ -220,6 +220,16 @@ def refuse_groups(groups: Sequence[Sequence[KVCacheSpec]]) -> None:
             f"divided this model's among {len(ours)}, as it does where fewer layers have sliding "
             "windows"
         )
+    held, widest = (
+        max(sum(spec.page_size_bytes for spec in group) for group in some)
+        for some in (ours, groups)
+    )
+    if held < widest:
+        raise ConfigError(
+            "--attention-backend mixeddim needs full-attention layers to fill a block; of this "
+            f"model's {widest} bytes, which as many layers with sliding windows take, they would "
+            f"hold {held}"
+        )
 
 
 @dataclass(frozen=True)

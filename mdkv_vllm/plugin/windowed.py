@@ -41,11 +41,16 @@ class WindowedManager(SlidingWindowManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Hash the request's full blocks, but none from its first lease on."""
+        """Hash the request's full blocks, but none from its first lease on.
+
+        vLLM may hash a window only before each token at which the same prompt could go on. With a
+        lease, that is where it begins.
+        """
         leases = MixedDimManager.of_pool(self.block_pool)
+        resumed = leases.before_leases(request, request.num_prompt_tokens)
         super().cache_blocks(
             request,
             leases.before_leases(request, num_tokens),
             retention_interval,
-            replay_boundaries=replay_boundaries,
+            replay_boundaries=(resumed, *replay_boundaries),
         )

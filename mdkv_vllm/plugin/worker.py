@@ -63,7 +63,7 @@ class MixedDimWorker(Worker):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache as vLLM does, then set up the runtime over it."""
         super().initialize_from_config(kv_cache_config)
-        groups = [layer_specs(group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups]
+        groups = [layer_specs(group) for group in kv_cache_config.kv_cache_groups]
         refuse_groups(groups)
         layers = attention_layers(self.vllm_config)
         policy = policy_of(chain(*groups), len(layers))

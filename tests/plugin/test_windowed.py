@@ -54,6 +54,12 @@ def test_layers_that_do():
     refuse_layers([full(), windowed(), windowed(32)], one_group=False)
 
 
+def test_full_attention_that_does_not_fill_a_block_is_refused():
+    refuse_groups([[full()] * 3, [windowed()] * 2])
+    with pytest.raises(ConfigError, match="fill a block"):
+        refuse_groups([[windowed()] * 3, [full()] * 2])
+
+
 def test_full_attention_in_several_groups_is_refused():
     refuse_groups([[full()], [windowed()], [windowed()]])
     with pytest.raises(ConfigError, match="one group; vLLM has divided this model's among 2"):

@@ -38,11 +38,14 @@ def calibrate(
         console: where progress and report go.
 
     Raises:
-        ValueError: the texts are too short.
+        ValueError: the texts are too short, or the model has sliding windows.
         OSError: a text cannot be read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from mdkv_vllm.models.windows import refuse_windows
+
+    refuse_windows(model_name)
     text = "\n\n".join(path.read_text("utf-8") for path in texts) if texts else reference_text()
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     token_ids = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"]

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mdkv_vllm.models.held_cache import HeldCache, Prefill, Recorder
+from mdkv_vllm.models.windows import refuse_windows
 
 Watch = Callable[[int, torch.Tensor], None]
 """Told, layer by layer, how decoding attends to the prompt: float32 ``[rows, query_heads, steps,
@@ -55,7 +56,7 @@ class InProcessModel:
         device: torch device.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: there is no such device, or the model has sliding windows.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class InProcessModel:
         from transformers.masking_utils import AttentionMaskInterface
         from transformers.modeling_utils import AttentionInterface
 
+        refuse_windows(folder)
         AttentionInterface.register(ATTENTION, _attend)
         AttentionMaskInterface.register(ATTENTION, _no_mask)
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -55,6 +55,10 @@ def read_model_sizes(model: str) -> ModelSizes:
     config = {**whole, **whole.get("text_config", {})}
     if config.get("kv_lora_rank"):
         raise ValueError(f"{path} describes a model with MLA, which mixeddim does not serve")
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        raise ValueError(
+            f"{path} describes a model with sliding windows, which mdkv plan cannot count"
+        )
     heads = _number(config, "num_attention_heads", path)
     head_size = config.get("head_dim") or _number(config, "hidden_size", path) // heads
     dtype = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")

@@ -72,6 +72,13 @@ class MixedDimBackend(AttentionBackend):
         return capability is None or capability.to_int() >= MIN_CAPABILITY
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """Prefill has them on CPUs."""
+        from vllm.platforms import current_platform
+
+        return current_platform.is_cpu()
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """All layers of a block side by side, so that a lease may use any page of a block."""
         return (KVCacheLayout.BLHNC,)
@@ -161,6 +168,7 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         refuse_layer(
             alibi_slopes=alibi_slopes,
@@ -173,6 +181,7 @@ class MixedDimImpl(AttentionImpl[MixedDimMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.sinks = sinks
 
     def do_kv_cache_update(
         self,

@@ -27,6 +27,11 @@ class WindowedCpuBackend(CPUAttentionBackend):
         """That of the layers beside."""
         return (KVCacheLayout.BLHNC,)
 
+    @classmethod
+    def supports_sink(cls) -> bool:
+        """Its kernel does."""
+        return True
+
     @staticmethod
     def get_impl_cls() -> type[WindowedCpuImpl]:
         """The layer's implementation."""

@@ -21,9 +21,10 @@ from mdkv_vllm.core.losses import LOSSES
 from mdkv_vllm.core.plan import AUTO_PROMPT_TOKENS, Rule
 from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
+from mdkv_vllm.kernels.sinks import SinkDecode
 from mdkv_vllm.plugin.artifacts import RankArtifacts
 from mdkv_vllm.plugin.backend import MixedDimBackend
-from mdkv_vllm.plugin.kv_cache import attention_layers, kv_cache_of, layer_specs
+from mdkv_vllm.plugin.kv_cache import attention_layers, kv_cache_of, layer_specs, sinks_of
 from mdkv_vllm.plugin.metrics.configuration import configuration
 from mdkv_vllm.plugin.metrics.directory import start_recording
 from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
@@ -85,14 +86,16 @@ class MixedDimWorker(Worker):
         scale = scales.pop()
         artifacts = RankArtifacts.load(policy, self.vllm_config, self.rank)
         limits = step_limits(self.vllm_config, policy)
-        prefill_name, prefill = choose_prefill(
-            config.prefill, ReadConfig(kv_cache, policy.layout, artifacts.basis), model.dtype
-        )
+        sinks = sinks_of(layers)
+        reads = ReadConfig(kv_cache, policy.layout, artifacts.basis)
+        prefill_name, prefill = choose_prefill(config.prefill, reads, model.dtype, sinks)
         group = layers[0].num_heads // policy.num_kv_heads
         decode_config = DecodeConfig(
             kv_cache, policy.layout, group, artifacts.basis, scale, limits.requests, limits.leases
         )
         decode_name, decode = decode_kernel(config.kernels, decode_config)
+        if sinks is not None:
+            decode = SinkDecode(decode, sinks)
         compressor = Compressor(
             policy.layout,
             LOSSES[config.loss],

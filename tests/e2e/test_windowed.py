@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from serving import environment
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, MistralForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 pytestmark = pytest.mark.server
 SIZES = {
@@ -18,6 +25,7 @@ SIZES = {
     "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
 PROMPTS = (60, 300, 700, 1100)
+SERVED = ("gemma3", "gpt_oss")
 
 
 def gemma3(folder):
@@ -27,6 +35,16 @@ def gemma3(folder):
         layer_types=[*["sliding_attention"] * 3, "full_attention"] * 2, **SIZES,
     )  # fmt: skip
     Gemma3ForCausalLM(config).save_pretrained(folder)
+
+
+def gpt_oss(folder):
+    """Every other layer has a window; query heads have sinks, projections have biases."""
+    sizes = {**SIZES, "max_position_embeddings": 131072}  # as its rotations expect
+    config = GptOssConfig(num_hidden_layers=4, num_local_experts=4, num_experts_per_tok=2, **sizes)
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.sinks, 2.0, 1.0)
+    model.save_pretrained(folder)
 
 
 def mistral(folder):
@@ -39,17 +57,20 @@ def results(tmp_path_factory):
     """What every engine answers, or why it does not start, all in one process."""
     torch.manual_seed(0)
     tmp = tmp_path_factory.mktemp("windowed")
-    for make in (gemma3, mistral):
+    for make in (gemma3, gpt_oss, mistral):
         make(tmp / make.__name__)
     random.seed(1)
-    stock = {"model": str(tmp / "gemma3"), "max_model_len": 1536}
-    ours = {**stock, "attention_backend": "mixeddim"}
-    runs = {
-        "stock": stock,
-        "whole": ours | settings(budget=1.0),
-        "quarter": ours | settings(budget=0.25),
+    runs = {}
+    for name in SERVED:
+        stock = {"model": str(tmp / name), "max_model_len": 1536}
+        ours = {**stock, "attention_backend": "mixeddim"}
+        runs[f"{name} stock"] = stock
+        runs[f"{name} whole"] = ours | settings(budget=1.0)
+        runs[f"{name} quarter"] = ours | settings(budget=0.25)
+    runs |= {
         # Prompts and answers are compressed in pieces, in a cache that is too small for all.
-        "tight": ours
+        "gemma3 tight": ours
+        | {"model": str(tmp / "gemma3")}
         | settings(budget=0.25, segments="rolling", segment_tokens=128)
         | {"num_gpu_blocks_override": 115, "max_num_batched_tokens": 128}
         | {"scheduler_reserve_full_isl": False},
@@ -75,9 +96,10 @@ def settings(**values):
     return {"additional_config": {"mixeddim": values}}
 
 
-def test_full_budget_answers_as_stock_does(results):
+@pytest.mark.parametrize("model", SERVED)
+def test_full_budget_answers_as_stock_does(results, model):
     """A difference must be a tie in stock's own probabilities."""
-    stock, ours = results["stock"], results["whole"]
+    stock, ours = results[f"{model} stock"], results[f"{model} whole"]
     for theirs, mine, logprobs in zip(
         stock["tokens"], ours["tokens"], stock["logprobs"], strict=True
     ):
@@ -90,7 +112,7 @@ def test_full_budget_answers_as_stock_does(results):
     assert same >= len(PROMPTS) - 1
 
 
-@pytest.mark.parametrize("name", ["quarter", "tight"])
+@pytest.mark.parametrize("name", ["gemma3 quarter", "gemma3 tight", "gpt_oss quarter"])
 def test_decode_equals_the_reference_over_the_same_leases(results, name):
     """And what leases leave in blocks does no harm in layers with windows."""
     run = results[name]
@@ -103,12 +125,14 @@ def test_decode_equals_the_reference_over_the_same_leases(results, name):
 
 
 def test_requests_are_preempted_and_resumed(results):
-    assert results["tight"]["preemptions"] > 0, "the cache was not tight enough to test anything"
-    assert results["quarter"]["preemptions"] == 0
+    preemptions = results["gemma3 tight"]["preemptions"]
+    assert preemptions > 0, "the cache was not tight enough to test anything"
+    assert results["gemma3 quarter"]["preemptions"] == 0
 
 
-def test_a_prompt_is_found_again_up_to_its_lease(results):
-    whole, quarter = results["whole"], results["quarter"]
+@pytest.mark.parametrize("model", SERVED)
+def test_a_prompt_is_found_again_up_to_its_lease(results, model):
+    whole, quarter = results[f"{model} whole"], results[f"{model} quarter"]
     assert whole["again"]["cached"] == [1088]
     assert 16 * 40 < quarter["again"]["cached"][0] < 1088
     for run in (whole, quarter):

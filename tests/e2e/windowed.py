@@ -8,6 +8,7 @@ import gc
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from vllm import LLM, SamplingParams
@@ -16,6 +17,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from mdkv_vllm.config import ConfigError
 from mdkv_vllm.kernels.interface import DecodeConfig
 from mdkv_vllm.kernels.reference import ReferenceDecode
+from mdkv_vllm.kernels.sinks import SinkDecode
 from mdkv_vllm.plugin.worker_runtime.runtime import current_runtime
 
 SLOW = 8
@@ -41,12 +43,15 @@ class CheckedDecode:
 
 
 def check_decode(worker):
-    runtime, policy = current_runtime(), current_runtime().policy
-    layer = runtime._decode._config
+    runtime, decode = current_runtime(), current_runtime()._decode
+    around = decode if isinstance(decode, SinkDecode) else SimpleNamespace(kernel=decode)
+    known = around.kernel._config
     config = DecodeConfig(
-        runtime.kv_cache, policy.layout, layer.group, layer.basis, layer.scale, 1, 1
+        runtime.kv_cache, runtime.policy.layout, known.group, known.basis, known.scale, 1, 1
     )
-    runtime._decode = CheckedDecode(runtime._decode, ReferenceDecode(config))
+    around.kernel = checked = CheckedDecode(around.kernel, ReferenceDecode(config))
+    runtime._decode = around if isinstance(decode, SinkDecode) else checked
+    runtime.checked = checked
 
 
 def answers(llm, prompts, max_tokens):
@@ -79,7 +84,7 @@ def run(engine, prompts, max_tokens):
         m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"
     )
     if ours:
-        checked = current_runtime()._decode
+        checked = current_runtime().checked
         result |= {"worst": checked.worst, "behind_leases": checked.behind_leases}
         [result["status"]] = llm.collective_rpc("mixeddim_status")
     llm.llm_engine.engine_core.shutdown()

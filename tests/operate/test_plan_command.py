@@ -136,6 +136,9 @@ def test_no_model(tmp_path, capsys):
     broken.write_text(json.dumps(LLAMA_8B | {"kv_lora_rank": 512}))
     assert main(["plan", str(tmp_path), *common]) == 2
     assert "MLA" in capsys.readouterr().err
+    broken.write_text(json.dumps(LLAMA_8B | {"sliding_window": 4096}))
+    assert main(["plan", str(tmp_path), *common]) == 2
+    assert "sliding windows" in capsys.readouterr().err
 
 
 def test_answers_are_compressed_where_heads_have_scores(folder):

@@ -87,6 +87,8 @@ def test_platform_and_worker():
         assert windowed.endswith("TritonAttentionBackend")
         # Of the cache's layouts it takes the one that leases need.
         assert resolve_obj_by_qualname(windowed).supported_kv_cache_layouts() is None
+        sinks = refusal(lambda: Platform.get_attn_backend_cls(ours, layer._replace(has_sink=True)))
+        assert "attention sinks not supported" in sinks
         with_capability(7, 0)
         assert "compute capability" in refusal(lambda: Platform.get_attn_backend_cls(ours, layer))
         """

@@ -94,8 +94,6 @@ def test_each_layer_gets_its_backend():
     assert choose(ours, layer()) == BACKEND_CLASS
     chosen = choose(ours, layer(has_sliding_window=True))
     assert resolve_obj_by_qualname(chosen) is WindowedCpuBackend
-    with pytest.raises(ConfigError, match="attention sinks"):
-        choose(ours, layer(has_sink=True))
     with pytest.raises(ConfigError, match=r"sliding windows by CPU_ATTN: kv_cache_dtype"):
         choose(ours, layer(has_sliding_window=True, kv_cache_dtype="bfloat16"))
 

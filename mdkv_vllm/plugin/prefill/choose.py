@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -21,7 +22,7 @@ Pair = tuple[PrefillAttention, HeadAttention]
 
 
 def choose_prefill(
-    requested: str, config: ReadConfig, dtype: torch.dtype
+    requested: str, config: ReadConfig, dtype: torch.dtype, sinks: torch.Tensor | None = None
 ) -> tuple[str, LeasedPrefill]:
     """The setting ``prefill`` on a device: its name in words, and the implementation.
 
@@ -29,13 +30,14 @@ def choose_prefill(
         requested: ``auto``, ``flash``, ``xformers`` or ``sdpa``.
         config: the cache and what leases look like.
         dtype: type of the queries.
+        sinks: attention sinks, float32 ``[layers, query_heads]``; None where the model has none.
 
     Raises:
         ConfigError: what is requested cannot be had here.
     """
     head_size = config.layout.geometry.head_size
     if config.kv_cache.device.type == "cpu":
-        name, (plain, heads) = _choose_on_cpu(requested, dtype, head_size)
+        name, (plain, heads) = _choose_on_cpu(requested, dtype, head_size, sinks)
     else:
         name, (plain, heads) = _choose_on_gpu(requested, dtype, head_size)
     return name, LeasedPrefill(plain, heads, lease_reader(config), config, dtype)
@@ -58,8 +60,15 @@ def _choose_on_gpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[
     return requested, makers[requested][1](head_size)
 
 
-def _choose_on_cpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[str, Pair]:
+def _choose_on_cpu(
+    requested: str, dtype: torch.dtype, head_size: int, sinks: torch.Tensor | None
+) -> tuple[str, Pair]:
     if requested == "sdpa":
+        if sinks is not None:
+            raise ConfigError(
+                "mixeddim.prefill is 'sdpa', which has no attention sinks, as this model does; "
+                "allowed is auto"
+            )
         return requested, _sdpa(0)
     if requested != "auto":
         raise ConfigError(
@@ -68,7 +77,10 @@ def _choose_on_cpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[
         )
     from mdkv_vllm.plugin.prefill.cpu import CpuHeads, CpuPrefill
 
-    return "vLLM's CPU kernel", (CpuPrefill(), CpuHeads(dtype, head_size))
+    heads = CpuHeads(dtype, head_size)
+    if sinks is not None:  # each KV head is a request there, and a kernel has one set of sinks
+        heads.fewest_tokens = sys.maxsize
+    return "vLLM's CPU kernel", (CpuPrefill(sinks), heads)
 
 
 def _no_flash(dtype: torch.dtype, head_size: int) -> Reason:

@@ -29,11 +29,19 @@ FEWEST_TOKENS_AMX = 128
 
 
 class CpuPrefill:
-    """:class:`mdkv_vllm.kernels.interface.PrefillAttention`, one request after the other."""
+    """:class:`mdkv_vllm.kernels.interface.PrefillAttention`, one request after the other.
+
+    Args:
+        sinks: float32 ``[layers, query_heads]``; None where the model has none.
+    """
+
+    def __init__(self, sinks: torch.Tensor | None = None) -> None:
+        self._sinks = sinks
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> CpuStep:
         """See :class:`mdkv_vllm.kernels.interface.PrefillAttention`."""
-        return CpuStep([_ScratchChunk(chunk, block_table[chunk.row]) for chunk in chunks])
+        scratch = [_ScratchChunk(chunk, block_table[chunk.row]) for chunk in chunks]
+        return CpuStep(scratch, self._sinks)
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,11 @@ class CpuStep:
 
     Attributes:
         chunks: the step's chunks.
+        sinks: float32 ``[layers, query_heads]``; None where the model has none.
     """
 
     chunks: list[_ScratchChunk]
+    sinks: torch.Tensor | None
 
     def attend(
         self,
@@ -57,8 +67,9 @@ class CpuStep:
         output: torch.Tensor,
     ) -> None:
         """See :class:`mdkv_vllm.kernels.interface.PrefillStep`."""
+        sinks = None if self.sinks is None else self.sinks[layer]
         for chunk in self.chunks:
-            chunk.attend(query, key, value, kv_cache, scale, output)
+            chunk.attend(query, key, value, kv_cache, scale, sinks, output)
 
 
 @dataclass
@@ -76,9 +87,10 @@ class _ScratchChunk:
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         scale: float,
+        sinks: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`.
+        """See :class:`mdkv_vllm.kernels.interface.PrefillStep`; sinks ``[query_heads]``.
 
         The chunk's own keys and values are first rounded to the cache's type: what a token
         sees must not depend on how its prompt was cut into chunks.
@@ -106,7 +118,7 @@ class _ScratchChunk:
         lengths = torch.tensor([total], dtype=torch.int32)
         starts = torch.tensor([0, self.chunk.tokens], dtype=torch.int32)
         scratch_blocks = torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0)
-        call = _Call(starts, lengths, scratch_blocks, key_cache, value_cache)
+        call = _Call(starts, lengths, scratch_blocks, key_cache, value_cache, sinks)
         if self.schedule is None:
             self.schedule = call.schedule(query, isa)
         call.attend(query[rows], scale, output[rows], self.schedule)
@@ -122,6 +134,7 @@ class _Call:
         block_table: int32 ``[sequences, blocks]``.
         key_cache: ``[blocks, kv_heads, SCRATCH_BLOCK, head_size]``, in a layout of the kernel's.
         value_cache: same.
+        sinks: float32 ``[query_heads]``, if there are any.
     """
 
     query_starts: torch.Tensor
@@ -129,6 +142,7 @@ class _Call:
     block_table: torch.Tensor
     key_cache: torch.Tensor
     value_cache: torch.Tensor
+    sinks: torch.Tensor | None = None
 
     def schedule(self, query: torch.Tensor, isa: str) -> torch.Tensor:
         """The kernel's plan for the lengths; ``query`` is ``[tokens, query_heads, head_size]``."""
@@ -164,7 +178,7 @@ class _Call:
             block_table=self.block_table,
             softcap=0,
             scheduler_metadata=schedule,
-            s_aux=None,
+            s_aux=self.sinks,
         )
 
 

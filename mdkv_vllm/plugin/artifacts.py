@@ -39,8 +39,10 @@ class RankArtifacts:
         """
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         ranks = parallel.tensor_parallel_size
-        sizes = (model.get_total_num_hidden_layers(), model.get_total_num_kv_heads())
         layers = slice(*model.get_layers_start_end_indices(parallel))
+        sizes = model.get_total_num_hidden_layers(), total_kv_heads(policy, vllm_config)
+        if policy.other_layers:  # full-attention layers alone, of which a stage has all
+            layers, sizes = slice(policy.num_layers), (policy.num_layers, sizes[1])
         own = layers, heads_of_rank(rank % ranks, ranks, sizes[1], policy.num_kv_heads)
         heads = load_head_budgets(policy.config, model.model, sizes)
         return cls(
@@ -63,6 +65,14 @@ def _load_basis(
         )
     basis = load_basis(path, model, (*sizes, policy.geometry.head_size))
     return basis.of_part(*own).truncate(formats.basis_rank)
+
+
+def total_kv_heads(policy: Policy, vllm_config: VllmConfig) -> int:
+    """KV heads of a full-attention layer on all ranks; layers with windows may have others."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if policy.num_kv_heads == model.get_num_kv_heads(parallel):
+        return model.get_total_num_kv_heads()
+    return policy.num_kv_heads * parallel.tensor_parallel_size
 
 
 def heads_of_rank(rank: int, ranks: int, total: int, count: int) -> slice:

@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from mdkv_vllm.config import MixedDimConfig
+from mdkv_vllm.kernels.interface import GPU_HEAD_SIZES
 from mdkv_vllm.plugin.kv_cache import attention_layers, every_layer, store_tokens
 from mdkv_vllm.plugin.registration import BACKEND_NAME, DEFAULT_BLOCK_SIZE
 from mdkv_vllm.plugin.validation import refuse_layer, refuse_spec
@@ -58,7 +59,11 @@ class MixedDimBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        """The head sizes that vLLM's CPU backend takes."""
+        """Those that vLLM's CPU backend takes, or that GPU kernels are built for."""
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cuda():
+            return list(GPU_HEAD_SIZES)
         return [32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]
 
     @classmethod

@@ -22,7 +22,7 @@ from mdkv_vllm.core.plan import AUTO_PROMPT_TOKENS, Rule
 from mdkv_vllm.kernels.interface import DecodeConfig, ReadConfig
 from mdkv_vllm.kernels.registry import compression_kernels, decode_kernel
 from mdkv_vllm.kernels.sinks import SinkDecode
-from mdkv_vllm.plugin.artifacts import RankArtifacts
+from mdkv_vllm.plugin.artifacts import RankArtifacts, total_kv_heads
 from mdkv_vllm.plugin.backend import MixedDimBackend
 from mdkv_vllm.plugin.kv_cache import attention_layers, kv_cache_of, layer_specs, sinks_of
 from mdkv_vllm.plugin.metrics.configuration import configuration
@@ -126,7 +126,7 @@ class MixedDimWorker(Worker):
         start_recording(self.vllm_config, self.rank)
         policy, model = self._runtime.policy, self.vllm_config.model_config
         self._configuration = configuration(policy, model.model)
-        heads = model.get_total_num_kv_heads()
+        heads = total_kv_heads(policy, self.vllm_config)
         self._runtime.start_counting(WorkerMetrics(policy, self._configuration, heads))
         return times
 

@@ -12,6 +12,8 @@ from serving import environment
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     MistralConfig,
@@ -25,7 +27,7 @@ SIZES = {
     "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
 PROMPTS = (60, 300, 700, 1100)
-SERVED = ("gemma3", "gpt_oss")
+SERVED = ("gemma3", "gemma4", "gpt_oss")
 
 
 def gemma3(folder):
@@ -35,6 +37,15 @@ def gemma3(folder):
         layer_types=[*["sliding_attention"] * 3, "full_attention"] * 2, **SIZES,
     )  # fmt: skip
     Gemma3ForCausalLM(config).save_pretrained(folder)
+
+
+def gemma4(folder):
+    """Full-attention layers have heads of another size."""
+    config = Gemma4TextConfig(
+        num_hidden_layers=4, layer_types=[*["sliding_attention"] * 3, "full_attention"],
+        global_head_dim=128, num_kv_shared_layers=0, hidden_size_per_layer_input=0, **SIZES,
+    )  # fmt: skip
+    Gemma4ForCausalLM(config).save_pretrained(folder)
 
 
 def gpt_oss(folder):
@@ -57,7 +68,7 @@ def results(tmp_path_factory):
     """What every engine answers, or why it does not start, all in one process."""
     torch.manual_seed(0)
     tmp = tmp_path_factory.mktemp("windowed")
-    for make in (gemma3, gpt_oss, mistral):
+    for make in (gemma3, gemma4, gpt_oss, mistral):
         make(tmp / make.__name__)
     random.seed(1)
     runs = {}
@@ -112,7 +123,7 @@ def test_full_budget_answers_as_stock_does(results, model):
     assert same >= len(PROMPTS) - 1
 
 
-@pytest.mark.parametrize("name", ["gemma3 quarter", "gemma3 tight", "gpt_oss quarter"])
+@pytest.mark.parametrize("name", [*(f"{model} quarter" for model in SERVED), "gemma3 tight"])
 def test_decode_equals_the_reference_over_the_same_leases(results, name):
     """And what leases leave in blocks does no harm in layers with windows."""
     run = results[name]

@@ -89,6 +89,8 @@ def test_platform_and_worker():
         assert resolve_obj_by_qualname(windowed).supported_kv_cache_layouts() is None
         sinks = refusal(lambda: Platform.get_attn_backend_cls(ours, layer._replace(has_sink=True)))
         assert "attention sinks not supported" in sinks
+        large = refusal(lambda: Platform.get_attn_backend_cls(ours, layer._replace(head_size=512)))
+        assert "head_size not supported" in large
         with_capability(7, 0)
         assert "compute capability" in refusal(lambda: Platform.get_attn_backend_cls(ours, layer))
         """

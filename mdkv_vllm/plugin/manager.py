@@ -185,9 +185,8 @@ class MixedDimManager(FullAttentionManager):
     def _most_at_full_size(self, block_hashes: BlockHashList, max_length: int) -> int:
         """Tokens before a request's first lease, known by its hashes.
 
-        A request met for the first time asks for its whole
-        prompt less one token; one that was preempted asks for more, and is known by its
-        hashes. Budgets above the server's default read no prefix cache at all (see
+        One met for the first time asks for its whole prompt less one token; one that was preempted
+        asks for more. Budgets above the server's default read no prefix cache at all (see
         :mod:`mdkv_vllm.plugin.validation`), so the default plan is the widest to expect.
         """
         if request := self._resumed(block_hashes):

@@ -107,7 +107,7 @@ class MixedDimBackend(AttentionBackend):
         return MixedDimSpec.of(
             spec,
             config,
-            # A stage sees its own layers alone; all of them are full attention where there are stages.
+            # A stage sees its own layers alone; where there are stages, none has a window.
             model.get_total_num_hidden_layers() if stages > 1 else len(ours),
             head_scores=config.heads_path(model.model) is not None,
             other_layers=len(ours) < len(every_layer(cls._served)),

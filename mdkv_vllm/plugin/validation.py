@@ -174,18 +174,24 @@ def refuse_spec(spec: KVCacheSpec) -> None:
         )
 
 
-def refuse_layers(specs: Iterable[KVCacheSpec], one_group: bool | None) -> None:
+def refuse_layers(specs: Iterable[KVCacheSpec], one_group: bool | None, stages: int = 1) -> None:
     """Raise where a model's layers do not go together.
 
     Args:
         specs: of the layers.
         one_group: whether vLLM was told to keep all layers in one group.
+        stages: of the pipeline.
 
     Raises:
         ConfigError: saying why.
     """
     kinds = list(specs)
     ours = [spec for spec in kinds if not isinstance(spec, SlidingWindowSpec)]
+    if len(ours) < len(kinds) and stages > 1:
+        raise ConfigError(
+            "--attention-backend mixeddim does not support --pipeline-parallel-size with models "
+            "that have sliding-window layers"
+        )
     if not ours:
         raise ConfigError(
             "--attention-backend mixeddim: every layer of this model has a sliding window, so "

@@ -55,7 +55,9 @@ class MixedDimWorker(Worker):
         """Specs of the model's layers, as vLLM asks for them before it sizes the cache."""
         MixedDimBackend.serve(self.vllm_config)
         specs = super().get_kv_cache_spec()
-        refuse_layers(specs.values(), self.scheduler_config.disable_hybrid_kv_cache_manager)
+        one_group = self.scheduler_config.disable_hybrid_kv_cache_manager
+        stages = self.parallel_config.pipeline_parallel_size
+        refuse_layers(specs.values(), one_group, stages)
         return {
             name: WindowedSpec.of(spec) if isinstance(spec, SlidingWindowSpec) else spec
             for name, spec in specs.items()

@@ -49,6 +49,12 @@ def test_layers_that_do_not_go_together(specs, one_group, message):
         refuse_layers(specs, one_group)
 
 
+def test_stages_of_layers_with_windows():
+    refuse_layers([full(), full()], False, stages=2)
+    with pytest.raises(ConfigError, match="--pipeline-parallel-size"):
+        refuse_layers([windowed()], False, stages=2)
+
+
 def test_layers_that_do():
     refuse_layers([full(), full()], one_group=True)
     refuse_layers([full(), windowed(), windowed(32)], one_group=False)

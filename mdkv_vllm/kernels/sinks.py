@@ -17,10 +17,10 @@ class SinkDecode:
 
     Args:
         kernel: attends without sinks.
-        sinks: float32 ``[layers, query_heads]``.
+        sinks: of each layer ``[query_heads]``: the model's own, which new weights may change.
     """
 
-    def __init__(self, kernel: DecodeKernel, sinks: torch.Tensor) -> None:
+    def __init__(self, kernel: DecodeKernel, sinks: Sequence[torch.Tensor]) -> None:
         self.kernel = kernel
         self._sinks = sinks
 
@@ -37,7 +37,7 @@ class SinkDecode:
         if lse is None:
             lse = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         self.kernel.attend(query, layer, batch, output, lse=lse, recent=recent)
-        sinks = self._sinks[layer]
+        sinks = self._sinks[layer].float()
         output.mul_(torch.sigmoid(lse - sinks).unsqueeze(-1).to(output.dtype))
         torch.logaddexp(lse, sinks, out=lse)
 

@@ -36,11 +36,11 @@ def attention_layers(vllm_config: VllmConfig) -> list[Attention]:
     return sorted(ours, key=lambda layer: layer.kv_cache.data_ptr())
 
 
-def sinks_of(layers: list[Attention]) -> torch.Tensor | None:
-    """Attention sinks of layers, float32 ``[layers, query_heads]``; None where there are none."""
+def sinks_of(layers: list[Attention]) -> list[torch.Tensor] | None:
+    """Attention sinks, of each layer ``[query_heads]``; None where there are none."""
     if not layers[0].has_sink:
         return None
-    return torch.stack([layer.impl.sinks.detach().float() for layer in layers])
+    return [layer.impl.sinks.detach() for layer in layers]
 
 
 def kv_cache_of(views: list[torch.Tensor], policy: Policy) -> torch.Tensor:

@@ -47,6 +47,8 @@ class MixedDimPlatform(Platform):
         reasons = backend.validate_configuration(
             **attn_selector_config._asdict(), device_capability=cls.get_device_capability()
         )
+        if attn_selector_config.use_mm_prefix:
+            reasons = [*reasons, "--language-model-only serves a model's text without its pictures"]
         if reasons:
             where = f", layers with sliding windows by {backend.get_name()}" if windowed else ""
             raise ConfigError(

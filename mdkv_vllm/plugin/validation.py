@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.pooling_params import PoolingParams
 from vllm.sampling_params import SamplingParams
@@ -51,7 +51,7 @@ def refuse_unsupported(vllm_config: VllmConfig, device_type: str, config: MixedD
         problems.append("context parallelism (--prefill-context-parallel-size)")
     if vllm_config.kv_transfer_config is not None:
         problems.append("KV connectors (--kv-transfer-config)")
-    if _sends_events(vllm_config) and model is not None and _shares(config, model.model):
+    if _sends_events(vllm_config) and model is not None and _shares(config, model):
         problems.append(
             "KV cache events (--kv-events-config), which know no leases, unless "
             "mixeddim.shared_prefixes is 'full'"
@@ -94,9 +94,11 @@ def _sends_events(vllm_config: VllmConfig) -> bool:
     return events is not None and events.enable_kv_cache_events
 
 
-def _shares(config: MixedDimConfig, model: str) -> bool:
-    """Whether a server's requests read compressed prefixes."""
-    return config.shares_prefixes(config.heads_path(model) is not None)
+def _shares(config: MixedDimConfig, model: ModelConfig) -> bool:
+    """Whether a server's requests read compressed prefixes, see :attr:`.Policy.shares`."""
+    if _has_windows(model):
+        return False
+    return config.shares_prefixes(config.heads_path(model.model) is not None)
 
 
 def _not_on_gpus(vllm_config: VllmConfig) -> list[str]:
@@ -205,8 +207,8 @@ def refuse_layers(specs: Iterable[KVCacheSpec], one_group: bool | None, stages: 
         )
     if len(ours) < len(kinds) and one_group:
         raise ConfigError(
-            "--attention-backend mixeddim does not support --disable-hybrid-kv-cache-manager with "
-            "models that have sliding-window layers"
+            "--attention-backend mixeddim needs vLLM's hybrid KV cache manager for models with "
+            "sliding-window layers, and it is off here (--disable-hybrid-kv-cache-manager)"
         )
 
 
@@ -226,15 +228,31 @@ def refuse_groups(groups: Sequence[Sequence[KVCacheSpec]]) -> None:
             f"divided this model's among {len(ours)}, as it does where fewer layers have sliding "
             "windows"
         )
-    held, widest = (
-        max(sum(spec.page_size_bytes for spec in group) for group in some)
-        for some in (ours, groups)
-    )
+    held = sum(spec.real_page_size_bytes for spec in ours[0])
+    widest = max(sum(spec.page_size_bytes for spec in group) for group in groups)
     if held < widest:
         raise ConfigError(
             "--attention-backend mixeddim needs full-attention layers to fill a block; of this "
             f"model's {widest} bytes, which as many layers with sliding windows take, they would "
             f"hold {held}"
+        )
+
+
+def refuse_block_size(tokens: int, device_type: str) -> None:
+    """Raise where vLLM has enlarged our blocks beyond what kernels take.
+
+    Args:
+        tokens: of a block.
+        device_type: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: naming the size.
+    """
+    if device_type == "cuda" and tokens > MAX_GPU_BLOCK_SIZE:
+        raise ConfigError(
+            f"--attention-backend mixeddim: vLLM has made blocks of {tokens} tokens, so that "
+            "full-attention layers take as many bytes of one as those with sliding windows; GPU "
+            f"kernels hold whole pages in shared memory (allowed: up to {MAX_GPU_BLOCK_SIZE})"
         )
 
 
@@ -260,11 +278,25 @@ class Room:
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
         tokens = None
         if cache.num_gpu_blocks:
-            # Of all engines together; one block is vLLM's null block, which is never lent.
-            blocks = cache.num_gpu_blocks // parallel.data_parallel_size - 1
+            # One block is vLLM's null block, which is never lent.
+            blocks = cache.num_gpu_blocks // _engines(parallel) - 1
             tokens = (blocks - _most_in_windows(vllm_config, config)) * cache.block_size
         model = vllm_config.model_config
-        return cls(on_gpu, tokens, model.max_model_len, _shares(config, model.model))
+        return cls(on_gpu, tokens, model.max_model_len, _shares(config, model))
+
+
+def _engines(parallel: ParallelConfig) -> int:
+    """Engines of whose caches an API process knows the sum."""
+    if parallel.data_parallel_rank_local is not None:
+        return 1
+    if parallel.local_engines_only:
+        return parallel.data_parallel_size_local
+    return parallel.data_parallel_size
+
+
+def _has_windows(model: ModelConfig) -> bool:
+    """Whether some of a model's layers have sliding windows."""
+    return "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
 
 
 def _most_in_windows(vllm_config: VllmConfig, config: MixedDimConfig) -> int:
@@ -273,13 +305,14 @@ def _most_in_windows(vllm_config: VllmConfig, config: MixedDimConfig) -> int:
     They are what vLLM counts for the longest request, less what compression keeps of it at least.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    if model.get_sliding_window() is None or not cache.kv_cache_max_concurrency:
+    if not _has_windows(model) or not cache.kv_cache_max_concurrency:
         return 0
     assert cache.num_gpu_blocks is not None
-    engines = vllm_config.parallel_config.data_parallel_size
+    engines = _engines(vllm_config.parallel_config)
     counted = cache.num_gpu_blocks // engines / cache.kv_cache_max_concurrency
-    kept = config.default_budget.share_of(model.max_model_len) * model.max_model_len
-    return math.ceil(counted - kept // cache.block_size)
+    share = 1.0 if not config.enabled or config.budget is None else config.budget
+    kept = share * model.max_model_len // cache.block_size
+    return max(0, math.ceil(counted - kept))
 
 
 def admit(

@@ -31,7 +31,7 @@ from mdkv_vllm.plugin.metrics.worker import WorkerMetrics
 from mdkv_vllm.plugin.prefill.choose import choose_prefill
 from mdkv_vllm.plugin.rows import batch_order, computed_tokens, new_requests
 from mdkv_vllm.plugin.spec import MixedDimSpec
-from mdkv_vllm.plugin.validation import refuse_groups, refuse_layers
+from mdkv_vllm.plugin.validation import refuse_block_size, refuse_groups, refuse_layers
 from mdkv_vllm.plugin.windowed import WindowedSpec
 from mdkv_vllm.plugin.worker_runtime.metadata import StepLimits
 from mdkv_vllm.plugin.worker_runtime.runtime import Runtime, install_runtime
@@ -70,6 +70,7 @@ class MixedDimWorker(Worker):
         refuse_groups(groups)
         layers = attention_layers(self.vllm_config)
         policy = policy_of(chain(*groups), len(layers))
+        refuse_block_size(policy.geometry.block_size, self.device.type)
         kv_cache = kv_cache_of([layer.kv_cache for layer in layers], policy)
         self._runtime = self._make_runtime(policy, kv_cache)
         install_runtime(self._runtime)

@@ -388,6 +388,24 @@ def test_a_step_that_graphs_may_replay_keeps_its_queries():
     assert not metadata.captures
 
 
+def test_a_step_that_vllm_makes_up_spares_the_window(whole):
+    """An engine of several, idle for a step, replays a graph while the others run theirs."""
+    worker = Worker(graph_tokens=8)
+    with worker.step(new=[REQUEST]):
+        metadata = worker.runtime.begin_step(worker.batch(["a"], [PROMPT - 1], [PROMPT - 1]))
+        worker.forward(metadata, worker.queries[:, : PROMPT - 1])
+    with worker.step():
+        metadata = worker.runtime.begin_step(worker.batch(["a"], [1], [PROMPT]))
+        worker.forward(metadata, worker.queries[:, PROMPT - 1 : PROMPT])
+    made_up = worker.runtime.begin_step(worker.batch([], [], [], padded_to=1))
+    assert made_up.recent == 1
+    worker.forward(made_up, torch.randn(LAYERS, 1, HEADS * GROUP, SIZE))
+    with worker.step():
+        pass
+    worker.batch_ids = ["a"]
+    assert torch.equal(worker.lease(), whole.lease())
+
+
 def test_padding_sees_nothing_and_addresses_stay():
     """A captured batch of 4 rows, then one of 2 requests in the same buffers."""
     worker = Worker(graph_tokens=8)

@@ -20,7 +20,7 @@ from mdkv_vllm.plugin.cpu_platform import MixedDimCpuPlatform
 from mdkv_vllm.plugin.cpu_windowed import WindowedCpuBackend, WindowedCpuImpl
 from mdkv_vllm.plugin.registration import BACKEND_CLASS
 from mdkv_vllm.plugin.spec import MixedDimSpec
-from mdkv_vllm.plugin.validation import Room, refuse_groups, refuse_layers
+from mdkv_vllm.plugin.validation import Room, refuse_block_size, refuse_groups, refuse_layers
 
 SIZES = {"block_size": 16, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
 
@@ -64,6 +64,13 @@ def test_full_attention_that_does_not_fill_a_block_is_refused():
     refuse_groups([[full()] * 3, [windowed()] * 2])
     with pytest.raises(ConfigError, match="fill a block"):
         refuse_groups([[windowed()] * 3, [full()] * 2])
+
+
+def test_blocks_larger_than_gpu_kernels_take_are_refused():
+    refuse_block_size(48, "cuda")
+    refuse_block_size(64, "cpu")
+    with pytest.raises(ConfigError, match="blocks of 64 tokens"):
+        refuse_block_size(64, "cuda")
 
 
 def test_full_attention_in_several_groups_is_refused():
@@ -170,12 +177,20 @@ def test_soft_cap_and_shared_caches_are_refused_by_name():
             MixedDimImpl(4, 64, 1.0, **feature)
 
 
-@pytest.mark.parametrize(("concurrency", "tokens"), [(None, 999 * 16), (5.0, 911 * 16)])
-def test_room_beside_what_windows_hold(vllm_config, concurrency, tokens):
+@pytest.mark.parametrize(
+    ("concurrency", "settings", "tokens"),
+    [
+        (None, {"budget": 0.5}, 999 * 16),
+        (5.0, {"budget": 0.5}, 911 * 16),
+        (5.0, {"enabled": False}, 999 * 16),
+    ],
+)
+def test_room_beside_what_windows_hold(vllm_config, concurrency, settings, tokens):
     """1,000 blocks are 200 for each of five requests, of which compression keeps 112 at least."""
     config = deepcopy(vllm_config)
+    config.model_config.hf_text_config.layer_types = ["sliding_attention", "full_attention"]
     config.model_config.max_model_len = 112 * 16 * 2
     config.cache_config.num_gpu_blocks = 1000
     config.cache_config.kv_cache_max_concurrency = concurrency
-    room = Room.of(config, MixedDimConfig(budget=0.5), on_gpu=False)
+    room = Room.of(config, MixedDimConfig(**settings), on_gpu=False)
     assert room.tokens == tokens

@@ -133,11 +133,13 @@ def current_recorder() -> Recorder:
 
 
 def install_recorder(recorder: Recorder) -> None:
-    """Make a recorder this process's own, unless it has one of the same labels and rank already.
+    """Make a recorder this process's own, unless it has one of the same labels and place already.
 
     With one worker, scheduler and worker share a process and must share its files.
     """
     global _recorder
-    identities = [(one.process_id, one.labels, one.rank) for one in (_recorder, recorder)]
+    identities = [
+        (one.process_id, one.labels, one.stage, one.rank) for one in (_recorder, recorder)
+    ]
     if identities[0] != identities[1]:
         _recorder = recorder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -22,7 +22,10 @@ Pair = tuple[PrefillAttention, HeadAttention]
 
 
 def choose_prefill(
-    requested: str, config: ReadConfig, dtype: torch.dtype, sinks: torch.Tensor | None = None
+    requested: str,
+    config: ReadConfig,
+    dtype: torch.dtype,
+    sinks: Sequence[torch.Tensor] | None = None,
 ) -> tuple[str, LeasedPrefill]:
     """The setting ``prefill`` on a device: its name in words, and the implementation.
 
@@ -30,7 +33,7 @@ def choose_prefill(
         requested: ``auto``, ``flash``, ``xformers`` or ``sdpa``.
         config: the cache and what leases look like.
         dtype: type of the queries.
-        sinks: attention sinks, float32 ``[layers, query_heads]``; None where the model has none.
+        sinks: attention sinks, of each layer ``[query_heads]``; None where the model has none.
 
     Raises:
         ConfigError: what is requested cannot be had here.
@@ -61,7 +64,7 @@ def _choose_on_gpu(requested: str, dtype: torch.dtype, head_size: int) -> tuple[
 
 
 def _choose_on_cpu(
-    requested: str, dtype: torch.dtype, head_size: int, sinks: torch.Tensor | None
+    requested: str, dtype: torch.dtype, head_size: int, sinks: Sequence[torch.Tensor] | None
 ) -> tuple[str, Pair]:
     if requested == "sdpa":
         if sinks is not None:

@@ -32,10 +32,10 @@ class CpuPrefill:
     """:class:`mdkv_vllm.kernels.interface.PrefillAttention`, one request after the other.
 
     Args:
-        sinks: float32 ``[layers, query_heads]``; None where the model has none.
+        sinks: of each layer ``[query_heads]``; None where the model has none.
     """
 
-    def __init__(self, sinks: torch.Tensor | None = None) -> None:
+    def __init__(self, sinks: Sequence[torch.Tensor] | None = None) -> None:
         self._sinks = sinks
 
     def prepare(self, chunks: Sequence[Chunk], block_table: torch.Tensor) -> CpuStep:
@@ -50,11 +50,11 @@ class CpuStep:
 
     Attributes:
         chunks: the step's chunks.
-        sinks: float32 ``[layers, query_heads]``; None where the model has none.
+        sinks: of each layer ``[query_heads]``; None where the model has none.
     """
 
     chunks: list[_ScratchChunk]
-    sinks: torch.Tensor | None
+    sinks: Sequence[torch.Tensor] | None
 
     def attend(
         self,
@@ -67,7 +67,7 @@ class CpuStep:
         output: torch.Tensor,
     ) -> None:
         """See :class:`mdkv_vllm.kernels.interface.PrefillStep`."""
-        sinks = None if self.sinks is None else self.sinks[layer]
+        sinks = None if self.sinks is None else self.sinks[layer].float()
         for chunk in self.chunks:
             chunk.attend(query, key, value, kv_cache, scale, sinks, output)
 

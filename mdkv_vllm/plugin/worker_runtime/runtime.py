@@ -128,6 +128,8 @@ class Runtime:
 
     def begin_step(self, batch: CommonAttentionMetadata) -> MixedDimMetadata:
         """One step's metadata, shared by all layers."""
+        if not self._stepping:  # vLLM made it up, and it writes where the last one's queries lie
+            self._window.collect()
         return self._builder.build(batch, self._stepping)
 
     def attend(

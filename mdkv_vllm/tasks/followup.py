@@ -15,10 +15,10 @@ def _plan(count: int, setting: Setting) -> Callable[[int], Draft]:
     """The needles lie evenly apart; the size is tokens of haystack."""
     random = setting.random
     keys, values = distinct(word_pair, random, count), distinct(digits, random, count)
-    depths = [(setting.depth + number / count) % 1 for number in range(count)]
+    later = [(setting.depth + number / count) % 1 for number in range(1, count)]
     needles = [
         (depth, needle(NUMBER, key, value))
-        for depth, key, value in zip(depths, keys, values, strict=True)
+        for depth, key, value in zip([setting.depth, *later], keys, values, strict=True)
     ]
     turns = tuple(ask(NUMBER, [key], [value]) for key, value in zip(keys, values, strict=True))
     start = random.randrange(len(setting.haystack.sentences))

@@ -134,15 +134,18 @@ def test_the_message_to_classify_is_new_and_the_shots_are_labelled(haystack):
         assert shared[list(TOPICS).index(example.turns[0].answers[0])] == max(shared)
 
 
-def test_each_turn_of_a_conversation_asks_for_another_needle(haystack):
-    for example in examples(haystack, "followup"):
+@pytest.mark.parametrize(("name", "turns"), [("followup", 2), ("followup_5", 5)])
+def test_each_turn_of_a_conversation_asks_for_another_needle(haystack, name, turns):
+    for example in examples(haystack, name):
         values = {key: value for _, key, value in NEEDLE.findall(body(example))}
         asked = [re.search(r"for (\S+) mentioned", turn.question)[1] for turn in example.turns]
-        assert len({*asked}) == 2
+        assert len({*asked}) == turns
         assert [turn.answers for turn in example.turns] == [(values[key],) for key in asked]
-        first, second = (body(example).index(values[key]) / len(body(example)) for key in asked)
-        assert first == pytest.approx(example.depth, abs=0.03)
-        assert abs(first - second) == pytest.approx(0.5, abs=0.03)
+        places = [body(example).index(values[key]) / len(body(example)) for key in asked]
+        assert places[0] == pytest.approx(example.depth, abs=0.03)
+        gaps = [(later - places[0]) % 1 for later in places[1:]]
+        expected = [number / turns for number in range(1, turns)]
+        assert gaps == pytest.approx(expected, abs=0.04)
 
 
 def test_needles_at_one_gap_keep_their_order():

@@ -107,8 +107,8 @@ def test_each_layer_gets_its_backend():
     assert choose(ours, layer()) == BACKEND_CLASS
     chosen = choose(ours, layer(has_sliding_window=True))
     assert resolve_obj_by_qualname(chosen) is WindowedCpuBackend
-    with pytest.raises(ConfigError, match=r"sliding windows by CPU_ATTN: kv_cache_dtype"):
-        choose(ours, layer(has_sliding_window=True, kv_cache_dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"sliding windows by CPU_ATTN: head_size"):
+        choose(ours, layer(has_sliding_window=True, head_size=60))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from modes import CHOICES
+from features import CHOICES
 from safetensors.torch import save_file
 from serving import environment
 from transformers import AutoModelForCausalLM
@@ -42,7 +42,7 @@ def make_adapter(folder, seed, layers=3):
 
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory, divisible_model):
-    """Runs ``modes.py`` on a random model with two random adapters, and other weights to load."""
+    """Runs ``features.py`` on a random model with two adapters, and with other weights to load."""
     folder = tmp_path_factory.mktemp("modes")
     adapters = [make_adapter(folder / str(seed), seed) for seed in range(2)]
     other = AutoModelForCausalLM.from_pretrained(divisible_model)
@@ -63,7 +63,7 @@ def ask(tmp_path_factory, divisible_model):
             "result": str(result),
         }  # fmt: skip
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "modes.py"), json.dumps(job)],
+            [sys.executable, str(Path(__file__).parent / "features.py"), json.dumps(job)],
             env=environment(), capture_output=True, text=True, timeout=800, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

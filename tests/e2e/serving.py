@@ -41,6 +41,21 @@ def environment():
     }
 
 
+def run_script(script, folder, job, **variables):
+    """Run a script of this folder in a process of its own: what it makes of a job, JSON both."""
+    result = folder / "result.json"
+    done = subprocess.run(
+        [
+            sys.executable, str(Path(__file__).parent / script),
+            json.dumps({**job, "result": str(result)}),
+        ],
+        env={**environment(), **variables}, capture_output=True, text=True, timeout=800,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(result.read_text())
+
+
 def own_core():
     """A core for the model's worker, where tests run in several processes.
 

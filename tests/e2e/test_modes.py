@@ -4,15 +4,12 @@ Some of it on the server of the other tests, adapters and what resets a cache of
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from features import CHOICES
 from safetensors.torch import save_file
-from serving import environment
+from serving import run_script
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.server
@@ -52,7 +49,6 @@ def ask(tmp_path_factory, divisible_model):
     other.save_pretrained(folder / "other")
 
     def run(**engine):
-        result = folder / "result.json"
         job = {
             "engine": {
                 "model": str(divisible_model), "dtype": "float32", "max_model_len": 2048,
@@ -60,14 +56,8 @@ def ask(tmp_path_factory, divisible_model):
             },
             "adapters": adapters,
             "weights": str(folder / "other"),
-            "result": str(result),
         }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, str(Path(__file__).parent / "features.py"), json.dumps(job)],
-            env=environment(), capture_output=True, text=True, timeout=800, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return json.loads(result.read_text())
+        return run_script("features.py", folder, job)
 
     return run
 

@@ -1,13 +1,8 @@
 """A small vision-language model, random: image tokens are compressed as all others are."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from serving import environment
+from serving import run_script
 from transformers import (
     AutoTokenizer,
     Idefics3Config,
@@ -51,17 +46,8 @@ def model(tmp_path_factory, prepared_model):
 
 
 def ask(tmp_path, model, **engine):
-    result = tmp_path / "result.json"
-    job = {
-        "engine": {"model": str(model), "dtype": "float32", "max_model_len": 1024, **engine},
-        "result": str(result),
-    }
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / "images.py"), json.dumps(job)],
-        env=environment(), capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return json.loads(result.read_text())
+    engine = {"model": str(model), "dtype": "float32", "max_model_len": 1024, **engine}
+    return run_script("images.py", tmp_path, {"engine": engine})
 
 
 def test_pictures_are_compressed_and_never_shared_with_other_pictures(tmp_path, model):

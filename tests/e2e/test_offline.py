@@ -1,12 +1,7 @@
 """``LLM(..., attention_backend="mixeddim")`` beside stock vLLM, each in its own process."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from serving import environment, fast_dtype, haystack
+from serving import fast_dtype, haystack, run_script
 from transformers import AutoTokenizer
 
 pytestmark = pytest.mark.server
@@ -24,26 +19,18 @@ def prompts(model_folder):
 def generate(
     tmp_path, model, prompts, max_tokens=48, budgets=None, variables=None, calls=None, **engine
 ):
-    result = tmp_path / "result.json"
     job = {
         "engine": {"model": str(model), "dtype": "float32", "max_model_len": 2048, **engine},
         "prompts": prompts,
         "budgets": budgets or [None] * len(prompts),
         "max_tokens": max_tokens,
         "calls": calls,
-        "result": str(result),
     }
-    script = Path(__file__).parent / "generate.py"
-    variables = {**environment(), **(variables or {})}
+    variables = dict(variables or {})
     if not any(name.endswith("_parallel_size") for name in engine):
         # Two processes less that import vLLM; servers' tests have them.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    run = subprocess.run(
-        [sys.executable, str(script), json.dumps(job)], env=variables,
-        capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    return json.loads(result.read_text())
+    return run_script("generate.py", tmp_path, job, **variables)
 
 
 def same_but_for_ties(expected, logprobs, answers):

@@ -68,6 +68,11 @@ class Segment(SegmentBlocks):
     part: str
 
     @property
+    def for_others(self) -> SharedSegment:
+        """The same as another request that reads its lease has it."""
+        return SharedSegment(self.first_block, self.first_lease_block, self.end_block)
+
+    @property
     def first_token(self) -> int:
         """Its first token's position."""
         return self.first_block * self.block_size

@@ -100,7 +100,7 @@ class SharedPrefixes:
         """
         key_block = self.key_block(segment)
         key = block_hashes[key_block]
-        shared = SharedSegment(segment.first_block, segment.first_lease_block, segment.end_block)
+        shared = segment.for_others
         known = path.following.get(key)
         if known is None or known.segment != shared:
             known = self._add(path, shared, key_block, key)

@@ -72,10 +72,7 @@ class SegmentedRequest(HeldRequest):
         """Segments whose leases a later request may read, from its first token on."""
         terms, done = self.plan.terms, islice(self.plan.segments(), self.compressed)
         own = takewhile(lambda one: may_share(one, terms), done)
-        return (
-            *self.plan.shared,
-            *(SharedSegment(one.first_block, one.first_lease_block, one.end_block) for one in own),
-        )
+        return (*self.plan.shared, *(one.for_others for one in own))
 
     def followed_by(self, token_ids: Sequence[int], plan: RequestPlan) -> SegmentedRequest:
         """A later request that reads this one's leases and computes the rest of its prompt.
